@@ -1,0 +1,25 @@
+"""Where the small samples are that come with the package: every task can be tried out before its files are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gloria.errors import UserError
+from gloria.tasks.catalog import TASKS, Task
+
+SAMPLES = Path(__file__).with_name("sample")
+
+
+def sample_folder(task: Task) -> Path:
+    """The folder that comes with the package and from which `task.load` reads all of the task's splits.
+
+    Its examples were written for this project, in the format of the published files; scores on them say nothing.
+    The forms of a set share a folder, which has the name up to the hyphen: GLUE's tasks have files of the same names,
+    so that files alone do not tell whose they are. Raises `UserError` where there is no sample of the task.
+    """
+    folder = SAMPLES / task.name.partition("-")[0]
+    for part in [TASKS[name] for name in task.parts] or [task]:
+        for names in part.files.values():
+            if not any((folder / name).is_file() for name in names):
+                raise UserError(f"{task.name}: no sample of it comes with gloria; give --data the folder of its files")
+    return folder
