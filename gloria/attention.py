@@ -102,7 +102,7 @@ def attention_masks(
     if documents is not None:
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         same = documents[:, :, None] == documents[:, None, :]  # (batch, seq, seq)
-        whole = _additive(causal & same, dtype)
+        whole = additive_mask(causal & same, dtype)
     if 0 < window < length:
         blocks = -(-length // window)
         position = torch.arange(window, device=device)
@@ -114,10 +114,11 @@ def attention_masks(
             padded = F.pad(documents, (window, blocks * window - length)).view(batch, blocks + 1, window)
             around = torch.cat((padded[:, :-1], padded[:, 1:]), dim=2)  # (batch, blocks, 2 * window)
             allowed = allowed & (padded[:, 1:, :, None] == around[:, :, None, :])
-        local = _additive(allowed.flatten(0, 1), dtype)
+        local = additive_mask(allowed.flatten(0, 1), dtype)
     return Masks(whole, local)
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(batch, queries, keys) booleans as what is added to scores: (batch, 1, queries, keys)."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, float("-inf")).unsqueeze(1)

@@ -53,8 +53,15 @@ class GPT2Attention(nn.Module):
         self.c_proj = nn.Linear(shape.hidden_size, shape.hidden_size)
 
     def forward(self, hidden: Tensor, masks: Masks) -> Tensor:
-        query, key, value = self.c_attn(hidden).chunk(3, dim=-1)  # (batch, seq, hidden) each
-        return self.c_proj(self.attend(query, key, value, masks, dropout=self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        return self.merge(self.attend(*self.project(hidden), masks, dropout=dropout))
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (batch, seq, hidden) each."""
+        return self.c_attn(hidden).chunk(3, dim=-1)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        return self.c_proj(heads)
 
 
 class GPTNeoAttention(nn.Module):
@@ -75,9 +82,15 @@ class GPTNeoAttention(nn.Module):
         )
 
     def forward(self, hidden: Tensor, masks: Masks) -> Tensor:
-        query, key, value = (self.attention[name](hidden) for name in ("q_proj", "k_proj", "v_proj"))
-        output = self.attend(query, key, value, masks, dropout=self.dropout if self.training else 0.0)
-        return self.attention["out_proj"](output)
+        dropout = self.dropout if self.training else 0.0
+        return self.merge(self.attend(*self.project(hidden), masks, dropout=dropout))
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (batch, seq, hidden) each."""
+        return tuple(self.attention[name](hidden) for name in ("q_proj", "k_proj", "v_proj"))
+
+    def merge(self, heads: Tensor) -> Tensor:
+        return self.attention["out_proj"](heads)
 
 
 class MLP(nn.Module):
@@ -161,12 +174,17 @@ class Transformer(nn.Module):
             return F.linear(hidden, head).float()
         return row_loss_sums(hidden, head, labels)
 
-    def hidden_states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """What the head sees, after the last norm: (batch, seq, hidden); arguments as in `forward`."""
+    def hidden_states(self, ids: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """What the head sees, after the last norm: (batch, seq, hidden); arguments as in `forward`.
+
+        `positions` (batch, seq) are 0, 1, ... where they are not given. Rows padded on the left have the mask as
+        documents, and as positions its cumulated sum less 1 (-1 at padding, where any position will do).
+        """
         batch, length = ids.shape
         assert length <= self.shape.max_positions, (length, self.shape.max_positions)
         body = self.transformer
-        hidden = body.wte(ids) + body.wpe(torch.arange(length, device=ids.device))
+        positions = torch.arange(length, device=ids.device) if positions is None else positions.clamp(min=0)
+        hidden = body.wte(ids) + body.wpe(positions)
         hidden = F.dropout(hidden, self.shape.dropout, self.training)
         masks = attention_masks(batch, length, self.shape.window_size, documents, device=ids.device, dtype=hidden.dtype)
         for block in body.h:

@@ -104,6 +104,20 @@ def test_documents_do_not_see_each_other(shape: ModelShape) -> None:
 
 
 @families
+def test_rows_padded_on_the_left_have_the_hidden_states_of_the_rows_alone(shape: ModelShape) -> None:
+    model = uneven_model(shape)
+    lengths = (40, 1, 7, 8, 9, 31)  # on both sides of the window of 8 and its multiples
+    rows = [random_ids(shape, 1, length, seed=length) for length in lengths]
+    ids = torch.cat([F.pad(row, (max(lengths) - row.shape[1], 0), value=3) for row in rows])
+    mask = torch.cat([F.pad(torch.ones_like(row), (max(lengths) - row.shape[1], 0)) for row in rows])
+    hidden = model.hidden_states(ids, documents=mask, positions=mask.cumsum(1) - 1)
+    for number, row in enumerate(rows):
+        torch.testing.assert_close(hidden[number, -row.shape[1] :], model.hidden_states(row)[0], rtol=0, atol=1e-5)
+    # Without the positions they are others, or this could not fail.
+    assert (model.hidden_states(ids, documents=mask)[1, -1] - hidden[1, -1]).abs().max() > 1e-3
+
+
+@families
 def test_rows_that_pad_the_vocabulary_learn_nothing(shape: ModelShape) -> None:
     embedding = train_gradients(uneven_model(shape))["transformer.wte.weight"]
     assert embedding[: shape.vocab_size].abs().amax(dim=1).min() > 0

@@ -111,29 +111,32 @@ def _original(
         raise UserError(f"--method: the original's prompt is for assin2, not {task.name}; use {LIKELIHOOD}")
     texts = [original_prompt(example, _shots(example, train, asking)) for example in examples]
     settings = Settings(ORIGINAL_TOKENS, is_over=lambda text: read_original(text + "\n") != PairGuess())
-    written, cut = continuations(loaded, texts, settings, asking.batch, process)
+    ((written, cut),), _ = continuations(loaded, texts, [settings], asking.batch, process)
     guesses: dict[str, Guess] = {example.id: read_original(text) for example, text in zip(examples, written)}
     return Answers(guesses, f"{asking.shots} shots, the original's prompt, greedy; what cannot be read is wrong", cut)
 
 
 def _words(loaded: Loaded, examples: Sequence[LastWord], asking: Asking, process: Process) -> Iterator[Answers]:
     contexts = [example.context.rstrip() for example in examples]
+    rules = [RULES[name] for name in asking.rules if name != LOG_LIKELIHOOD]
+    settings = [Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over) for rule in rules]
+    asked: list[int] = []
+    if LOG_LIKELIHOOD in asking.rules:
+        asked = [number for number, example in enumerate(examples) if (example.word or "").strip()]
+    words = [(contexts[number], f" {examples[number].word.strip()}") for number in asked]
+    made, cut_words = requests(loaded, words) if words else ([], 0)
+    texts, logs = continuations(loaded, contexts, settings, asking.batch, process, dict(zip(asked, made)))
+    written = iter(texts)
     for name in asking.rules:
         if name == LOG_LIKELIHOOD:
-            asked = [number for number, example in enumerate(examples) if (example.word or "").strip()]
-            texts = [(contexts[number], f" {examples[number].word.strip()}") for number in asked]
-            made, cut = requests(loaded, texts)
-            values = log_likelihoods(loaded, made, asking.batch, process)
             guesses: dict[str, Guess] = {
                 examples[number].id: WordGuess(log_likelihood=float(log), greedy=bool(greedy))
-                for number, (log, greedy) in zip(asked, values)
+                for number, (log, greedy) in logs.items()
             }
-            yield Answers(guesses, "log-likelihood of the gold word", cut, name)
+            yield Answers(guesses, "log-likelihood of the gold word", cut_words, name)
             continue
-        rule = RULES[name]
-        settings = Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over)
-        written, cut = continuations(loaded, contexts, settings, asking.batch, process)
-        guesses = {example.id: WordGuess(text=text) for example, text in zip(examples, written)}
+        rule, (continued, cut) = RULES[name], next(written)
+        guesses = {example.id: WordGuess(text=text) for example, text in zip(examples, continued)}
         penalty = f", repetition penalty {rule.repetition_penalty:g}" if rule.repetition_penalty != 1 else ""
         yield Answers(guesses, f"greedy, at most {rule.max_new_tokens} tokens{penalty}", cut, name)
 
