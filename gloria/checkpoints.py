@@ -1,19 +1,24 @@
-"""python -m gloria.checkpoints --run DIR: what checkpoints a run has, whether they are whole, how the run
-stands."""
+"""python -m gloria.checkpoints --run DIR: what checkpoints a run has, whether they are whole, how the run stands.
+
+What reads checkpoints is imported where it is needed: it takes torch, and --status must answer a job script at once.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gloria.dist.checkpoint_read import Listed, list_checkpoints, strangers
 from gloria.dist.config import CheckpointConfig
 from gloria.dist.manifest import checkpoints_folder, step_of
-from gloria.dist.retention import prune, remove_strays
-from gloria.dist.status import RunStatus, claim_run, read_status, release_run
+from gloria.dist.status import STATUS, RunStatus, claim_run, read_status, release_run
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
 from gloria.options import argument_parser
+
+if TYPE_CHECKING:
+    from gloria.dist.checkpoint_read import Listed
 
 # Exit statuses of --status; 75 is EX_TEMPFAIL, which a job script turns into a requeue.
 EXIT_STATUS = {"done": 0, "stopped": 75, "running": 75, "failed": 1}
@@ -44,14 +49,27 @@ def main(argv: list[str] | None = None) -> int:
             "the end of the run; give --keep 2 or more and --keep-every 0 or more"
         )
     if arguments.status:
-        status = read_status(run_dir)
+        status = status_of(run_dir)
         print(describe_status(status, time.time()))
         return EXIT_STATUS[status.status]
     if arguments.prune:
         prune_run(run_dir, arguments.keep, arguments.keep_every)
+    from gloria.dist.checkpoint_read import list_checkpoints
+
     listed = list_checkpoints(run_dir, hashes=arguments.verify)
     print_list(run_dir, listed)
     return 1 if any(entry.problems for entry in listed) else 0
+
+
+def status_of(run_dir: Path) -> RunStatus:
+    """How a run stands; a fine-tuning with several seeds as the seed that was at work last, done when all are."""
+    seeds = [read_status(path.parent) for path in run_dir.glob(f"seed-*/{STATUS}")]
+    if not seeds or (run_dir / STATUS).exists():
+        return read_status(run_dir)
+    last = max(seeds, key=lambda status: status.heartbeat)
+    if last.status == "done" and not (run_dir / "results.json").is_file():
+        return replace(last, status="stopped", reason="other seeds are to come")
+    return last
 
 
 def describe_status(status: RunStatus, now: float) -> str:
@@ -66,6 +84,8 @@ def describe_status(status: RunStatus, now: float) -> str:
 
 def prune_run(run_dir: Path, keep: int, keep_every: int) -> None:
     """Prune while holding the run's lock, so that no launch is writing or reading there."""
+    from gloria.dist.retention import prune, remove_strays
+
     claim = claim_run(run_dir, f"prune-{int(time.time())}")
     try:
         for line in remove_strays(run_dir):
@@ -78,6 +98,8 @@ def prune_run(run_dir: Path, keep: int, keep_every: int) -> None:
 
 def print_list(run_dir: Path, listed: list[Listed]) -> None:
     """A line a checkpoint (step, size, age, valid or why not), then what else lies in the folder."""
+    from gloria.dist.checkpoint_read import strangers
+
     folder = checkpoints_folder(run_dir)
     if not listed:
         print(f"{folder}: no checkpoint")

@@ -9,6 +9,7 @@ what to do about it. Exit status 2 where something is wrong.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,10 +33,14 @@ import torch.distributed as dist
 
 import gloria
 from gloria.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
+from gloria.dist import interface
+from gloria.dist.agreement import gather
 from gloria.dist.environment import Environment, read_environment
+from gloria.dist.manifest import saved_steps
 from gloria.dist.process import start_process_group, stop_process_group
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
+from gloria.model_config import count_parameters
 from gloria.options import to_mapping
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -74,12 +79,16 @@ def main(argv: list[str] | None = None) -> int:
             "cores": len(os.sched_getaffinity(0)),
             "versions": versions(),
             "gpus": gpus(),
+            "interface": interface.in_use(),
+            "nccl": os.environ.get("NCCL_SOCKET_IFNAME", ""),
+            "faster": interface.faster_than_used(),
             "recipe": hashlib.sha256(json.dumps(to_mapping(config)).encode()).hexdigest() if config else "",
             "problem": problem,
             "tokenizer": str(plan.corpus.manifest.tokenizer["fingerprint"]) if plan else "",
         }
     )
-    rows = [_versions_row(facts), _gpu_row(facts), _recipe_row(facts), _clock_row(facts, _clock_offsets())]
+    rows = [_versions_row(facts), _gpu_row(facts), _network_row(facts), _recipe_row(facts)]
+    rows.append(_clock_row(facts, _clock_offsets()))
     rows.append(_all_reduce_row(environment, facts, plan))
     # With a recipe that is wrong anywhere, no rank goes into what needs it: the others would wait there.
     if config and plan and not any(fact["problem"] for fact in facts):
@@ -97,17 +106,6 @@ def main(argv: list[str] | None = None) -> int:
         print("nothing is wrong" if not problems else f"{problems} of {len(rows)} checks found something wrong")
     stop_process_group()
     return 2 if problems else 0
-
-
-def gather(own: Facts) -> list[Facts]:
-    """What every rank says, by rank; as JSON, for nothing that comes over a wire is unpickled here."""
-    data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
-    longest = int(max(sizes))
-    all_data = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(all_data, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(all_data, sizes)]
 
 
 def versions() -> dict[str, str]:
@@ -191,6 +189,24 @@ def _gpu_row(facts: list[Facts]) -> Row:
         ranks, count = facts[0]["local_world"], len(facts[0]["gpus"])
         return Row("gpus", f"{told(facts[0])} for {ranks} ranks a node", f"start {count} ranks a node, one a GPU")
     return Row("gpus", f"{told(facts[0])} a node, {facts[0]['local_world']} ranks")
+
+
+def _network_row(facts: list[Facts]) -> Row:
+    """By which interface the nodes talk, and whether one of them has a faster one."""
+    if len({fact["node"] for fact in facts}) == 1:
+        return Row("network", "one node: nothing goes over it")
+    found = f"gloo by {by_value(facts, lambda fact: fact['interface'])}"
+    if any(fact["gpus"] for fact in facts):
+        found += f"; NCCL by {by_value(facts, lambda fact: fact['nccl'] or 'its own choice')}"
+    slow = next((fact for fact in facts if fact["faster"]), None)
+    if slow:
+        name = slow["faster"].partition(" ")[0]
+        return Row(
+            "network",
+            f"{found}; {slow['node']} has {slow['faster']}",
+            f"if it leads to the other nodes, name it: GLORIA_INTERFACE={name} sbatch ...",
+        )
+    return Row("network", found)
 
 
 def _recipe_row(facts: list[Facts]) -> Row:
@@ -334,10 +350,11 @@ def _attempt(action: Callable[[], Any]) -> str:
 
 
 def _disk_row(config: PretrainConfig, plan: RunPlan) -> Row:
-    keep = config.checkpoint
-    # Those kept, the one being written, and those kept for good.
-    count = keep.keep + 1 + (plan.total_steps // keep.keep_every if keep.keep_every else 0)
-    each = CHECKPOINT_BYTES * plan.parameters["total"]
+    """Room for the checkpoints that will be there at once, less those already there."""
+    padded = dataclasses.replace(plan.shape, vocab_size=plan.shape.padded_vocab)
+    each = CHECKPOINT_BYTES * count_parameters(padded)["total"]
+    there = len(saved_steps(Path(config.run.dir)))
+    count = max(config.checkpoint.most_at_once(plan.total_steps) - there, 1)
     place = next(path for path in (Path(config.run.dir), *Path(config.run.dir).absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     found = f"{size_text(free)} free at {place}; {count} checkpoints of {size_text(each)} are {size_text(count * each)}"

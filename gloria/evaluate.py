@@ -3,53 +3,90 @@
     python -m gloria.evaluate --task assin2 --model runs/assin2/model --data ../assin2
     python -m gloria.evaluate --task calame,enem --model models/demo --data ../calame-pt,../enem
     python -m gloria.evaluate --task perplexity --model runs/demo --data data/sample
+    python -m gloria.evaluate --task calame,perplexity --watch runs/NAME     # every checkpoint as it appears
     python -m gloria.evaluate --task assin2 --data ../assin2 --compare A/guesses.jsonl B/guesses.jsonl
 
 Under torchrun the ranks share the work, and each number is that of one process. Writes results.json and the
-predictions, in each task's official format and as guesses.jsonl, and prints a table.
+predictions, in each task's official format and as guesses.jsonl, and prints a table. Without --data a task's sample
+that comes with gloria is taken, and for the perplexity of a run the held-out part of its own corpus.
 """
 
 from __future__ import annotations
 
+import sys
+
+from gloria.dist.signals import install_stop_handlers
+from gloria.errors import UserError, run_command
+
+if __name__ == "__main__" and any(word.startswith("--watch") for word in sys.argv):
+    # Before torch is imported (seconds): a stop signal is kept from here on.
+    install_stop_handlers("the watch stops after this score")
+
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from gloria.dist.agreement import require_same
+from gloria.dist.checkpoint_read import read_trainer
 from gloria.dist.process import Process, leave_process_group, start_process_group, stop_process_group
-from gloria.errors import UserError, run_command
-from gloria.options import argument_parser, suggest
+from gloria.evaluate_config import PERPLEXITY, Asked, choose_split, read_arguments, tell_data
 from gloria.tasks.backbones import Loaded, load_model
-from gloria.tasks.catalog import TASKS, Task, find_task
+from gloria.tasks.catalog import Task
 from gloria.tasks.examples import Example, Guess
-from gloria.tasks.lastword import LOG_LIKELIHOOD, RULES
+from gloria.tasks.files import Loaded as Read
 from gloria.tasks.metrics import compare
 from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, table, write_results
 from gloria.tasks.submissions import read_guesses, write_guesses, write_submission
 from gloria.tasks.tuned import Tuned, is_tuned, load_tuned, predict, task_heads
-from gloria.tasks.zeroshot import GENERATION, LIKELIHOOD, Asking, answers, corpus_texts, perplexity
-
-PERPLEXITY = "perplexity"
+from gloria.tasks.zeroshot import GENERATION, Asking, answers, corpus_texts, perplexity
+from gloria.watch import watch
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _read_arguments(argv)
+    arguments = read_arguments(argv)
     if arguments.compare:
         return compare_predictions(arguments)
     process = start_process_group(arguments.device, timeout_minutes=30)
     try:
-        records = list(evaluate(arguments, process))
+        require_same(process, {f"--{key}": value for key, value in vars(arguments).items() if key != "asked"})
+        tell_data(arguments, process)
+        if arguments.watch:
+            status = watch_run(arguments, process)
+        else:
+            records = list(evaluate(arguments, process))
     except (UserError, SystemExit):
         leave_process_group()
         raise
+    if arguments.watch:
+        stop_process_group()
+        return status
     if process.is_main:
         results = write_results(arguments.out / RESULTS, {"model": arguments.model}, records)
         print(table(results), f"{arguments.out / RESULTS}: written", sep="\n")
     stop_process_group()
     return 0
+
+
+def watch_run(arguments: argparse.Namespace, process: Process) -> int:
+    """Score the checkpoints of a run as they appear; what can be checked of the tasks is checked before the first."""
+    for task, folder in arguments.asked:
+        if task is not None:
+            read_task(task, folder, arguments)
+        elif folder is not None:
+            corpus_texts(folder)
+    asked = dict(zip(arguments.names, arguments.asked))
+
+    def load(checkpoint: Path) -> tuple[Loaded, Path | None]:
+        return load_language_model(str(checkpoint), arguments, process)
+
+    def score(model: tuple[Loaded, Path | None], names: list[str]) -> Iterator[dict[str, Any]]:
+        return evaluate_loaded(*model, [asked[name] for name in names], arguments, process)
+
+    return watch(arguments.watch, arguments.names, arguments.poll, process, load, score)
 
 
 def evaluate(arguments: argparse.Namespace, process: Process) -> Iterator[dict[str, Any]]:
@@ -64,14 +101,28 @@ def evaluate(arguments: argparse.Namespace, process: Process) -> Iterator[dict[s
             raise UserError(f"{unused[0]}: {model} answers by its head and has no use for it; leave it out")
         tuned = load_tuned(model, process.device)
         tuned.model.to(_dtype(arguments))
-        for task, folder in zip(arguments.tasks, arguments.folders):
+        for task, folder in arguments.asked:
             yield evaluate_head(tuned, task, folder, arguments, process)
         return
+    yield from evaluate_loaded(*load_language_model(model, arguments, process), arguments.asked, arguments, process)
+
+
+def load_language_model(model: str, arguments: argparse.Namespace, process: Process) -> tuple[Loaded, Path | None]:
+    """The model (of a run, its newest checkpoint) on this rank's device, and its own corpus if that is asked for."""
     loaded = load_model(model, language_model=True)
     loaded.language_model.to(process.device, _dtype(arguments)).eval()
-    for task, folder in zip(arguments.tasks, arguments.folders):
+    own = (None, None) in arguments.asked
+    # Read at once: a checkpoint under watch may be gone before it is scored.
+    return loaded, Path(read_trainer(Path(loaded.source))["recipe"]["data"]["corpus"]) if own else None
+
+
+def evaluate_loaded(
+    loaded: Loaded, corpus: Path | None, asked: Sequence[Asked], arguments: argparse.Namespace, process: Process
+) -> Iterator[dict[str, Any]]:
+    """The records of a language model on some tasks; `corpus` is the text of a perplexity without a text of its own."""
+    for task, folder in asked:
         if task is None:
-            yield from evaluate_text(loaded, folder, arguments, process)
+            yield from evaluate_text(loaded, folder or corpus, arguments, process)
         else:
             yield from evaluate_language_model(loaded, task, folder, arguments, process)
 
@@ -86,7 +137,7 @@ def evaluate_head(
         raise UserError(
             f"--task: {tuned.source} has heads for {own.name}, not {asked}; give the model before it was tuned"
         )
-    split = _split(task, folder, arguments.split)
+    split = choose_split(task, folder, arguments.split)
     read = task.load(folder, split)
     started = perf_counter()
     found, encoded = predict(tuned, read.examples, arguments.batch, process)
@@ -101,28 +152,34 @@ def evaluate_language_model(
     loaded: Loaded, task: Task, folder: Path, arguments: argparse.Namespace, process: Process
 ) -> Iterator[dict[str, Any]]:
     """The records of a language model on a task, one a rule."""
+    split, read, shots, train = read_task(task, folder, arguments)
+    asking = Asking(arguments.method, shots, arguments.seed, arguments.rules, arguments.batch)
+    started = perf_counter()
+    every = list(answers(loaded, task, read.examples, train, asking, process))
+    seconds = round(perf_counter() - started, 2)  # of all rules together: they share what they read
+    for found in every:
+        counts = {**read.counts, "prompts cut to fit": found.cut, "seconds": seconds}
+        if process.is_main and arguments.out:
+            _write_predictions(arguments.out, task, split, found.rule, read.examples, found.guesses)
+        yield score_record(
+            task, split, read.examples, found.guesses, rule=found.rule, method=found.method, counts=counts
+        )
+
+
+def read_task(task: Task, folder: Path, arguments: argparse.Namespace) -> tuple[str, Read, int, list[Example]]:
+    """The split that is asked, its examples, and how many solved ones out of which a language model sees before."""
     if task.family == "span":
         raise UserError(f"--task: {task.name} asks for a span, which takes a head; fine-tune the model on it first")
     if arguments.method == GENERATION and task.family != "pair":
         raise UserError(f"--method: {GENERATION} is a way to ask for pairs, not {task.name}; leave it out")
-    split = _split(task, folder, arguments.split)
+    split = choose_split(task, folder, arguments.split)
     read = task.load(folder, split)
     shots = arguments.shots
     if shots is None:
         shots = 5 if arguments.method == GENERATION else 0
     if shots and task.family == "last_word":
         raise UserError(f"--shots: {task.name} is a text to go on with, without examples before it; leave it out")
-    train = task.read(folder, "train") if shots else []
-    asking = Asking(arguments.method, shots, arguments.seed, arguments.rules, arguments.batch)
-    started = perf_counter()
-    for found in answers(loaded, task, read.examples, train, asking, process):
-        counts = {**read.counts, "prompts cut to fit": found.cut, "seconds": round(perf_counter() - started, 2)}
-        started = perf_counter()
-        if process.is_main:
-            _write_predictions(arguments.out, task, split, found.rule, read.examples, found.guesses)
-        yield score_record(
-            task, split, read.examples, found.guesses, rule=found.rule, method=found.method, counts=counts
-        )
+    return split, read, shots, task.read(folder, "train") if shots else []
 
 
 def evaluate_text(
@@ -137,9 +194,10 @@ def evaluate_text(
     stride = arguments.stride or max(length // 2, 1)
     if stride > length:
         raise UserError(f"--stride: {stride} is more than the {length} tokens of a window; lower it")
-    for name, texts in corpus_texts(path).items():
-        if not texts:
-            continue
+    there = {name: texts for name, texts in corpus_texts(path).items() if texts}
+    if not there:
+        raise UserError(f"--data: {path} has no held-out text; give another corpus, or a text file")
+    for name, texts in there.items():
         scores, counts = perplexity(loaded, texts, length, stride, arguments.batch, process)
         yield {
             "task": PERPLEXITY,
@@ -153,8 +211,8 @@ def evaluate_text(
 
 def compare_predictions(arguments: argparse.Namespace) -> int:
     """Print what model A has more than model B on the same examples, with a paired test."""
-    (task,), (folder,) = arguments.tasks, arguments.folders
-    examples = task.read(folder, _split(task, folder, arguments.split))
+    ((task, folder),) = arguments.asked
+    examples = task.read(folder, choose_split(task, folder, arguments.split))
     paths = [path / GUESSES_FILE if path.is_dir() else path for path in arguments.compare]
     a, b = (read_guesses(task, path) for path in paths)
     rule = arguments.rules[0] if task.family == "last_word" else ""
@@ -178,80 +236,8 @@ def _write_predictions(
     write_guesses(folder / GUESSES_FILE, guesses)
 
 
-def _split(task: Task, folder: Path, asked: str | None) -> str:
-    """The split that is reported: GLUE hides the labels of its tests, so there it is the dev set."""
-    if asked:
-        return asked
-    order = ("dev", "test") if task.hold_out else ("test", "dev")
-    there = [split for split in order if split in task.splits and has_split(task, folder, split)]
-    return (there or [split for split in order if split in task.splits])[0]
-
-
-def has_split(task: Task, folder: Path, split: str) -> bool:
-    """Whether the folder has the files of a split."""
-    parts = [find_task(part) for part in task.parts] or [task]
-    return all(any((folder / name).is_file() for name in part.files.get(split, ())) for part in parts)
-
-
 def _dtype(arguments: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-
-
-def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argument_parser("python -m gloria.evaluate", f"Score a model. Tasks: {', '.join(TASKS)}, {PERPLEXITY}.")
-    parser.add_argument("--task", required=True, help="one, or several with commas between them")
-    parser.add_argument("--model", help="a run, a checkpoint, a fine-tuned model or a Hugging Face folder")
-    parser.add_argument(
-        "--data", help="folder of the files, one for all tasks or one for each, with commas between them"
-    )
-    parser.add_argument(
-        "--split", choices=("train", "dev", "test"), help="default: test, or dev where tests are hidden"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for results.json and predictions; default: under runs/evaluate"
-    )
-    parser.add_argument("--method", choices=(LIKELIHOOD, GENERATION), default=LIKELIHOOD, help="how pairs are asked")
-    parser.add_argument("--shots", type=int, help="solved examples before each; default 0, with generation 5")
-    parser.add_argument("--seed", type=int, default=0, help="of the shots")
-    parser.add_argument("--rule", help=f"of last words: {', '.join((*RULES, LOG_LIKELIHOOD))}; default: all of them")
-    parser.add_argument("--length", type=int, help="tokens of a window of text; default: all that the model sees")
-    parser.add_argument("--stride", type=int, help="tokens that a window of text scores; default: half of its length")
-    parser.add_argument("--batch", type=int, default=16, help="rows at a time")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
-    )
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two guesses.jsonl of one task")
-    arguments = parser.parse_args(argv)
-    names = arguments.task.split(",")
-    arguments.tasks = [None if name == PERPLEXITY else find_task(name) for name in names]
-    known = [*RULES, LOG_LIKELIHOOD]
-    arguments.rules = tuple(arguments.rule.split(",")) if arguments.rule else tuple(known)
-    problems = [f"--rule: unknown rule {rule}; {suggest(rule, known)}" for rule in arguments.rules if rule not in known]
-    numbers = {"batch": 1, "shots": 0, "length": 1, "stride": 1, "seed": 0}
-    problems += [
-        f"--{name}: must be at least {least}, not {getattr(arguments, name)}"
-        for name, least in numbers.items()
-        if getattr(arguments, name) is not None and getattr(arguments, name) < least
-    ]
-    if not arguments.data:
-        problems.append("--data: is missing; give the folder of the task's files")
-    folders = (arguments.data or "").split(",")
-    if len(folders) not in (1, len(names)):
-        problems.append(f"--data: {len(folders)} folders for {len(names)} tasks; give one, or one for each")
-    arguments.folders = [Path(folder) for folder in folders * (len(names) if len(folders) == 1 else 1)]
-    if arguments.compare:
-        if arguments.tasks == [None] or len(names) > 1:
-            problems.append("--task: --compare is for one task; name one")
-        elif arguments.tasks[0].family == "last_word" and len(arguments.rules) != 1:
-            problems.append("--rule: say by which one the predictions are compared")
-    elif not arguments.model:
-        problems.append("--model: is missing; give a run or a model's folder")
-    if problems:
-        raise UserError(*problems)
-    if arguments.out is None and not arguments.compare:
-        arguments.out = Path("runs/evaluate", Path(arguments.model).resolve().name, arguments.task.replace(",", "+"))
-    return arguments
 
 
 if __name__ == "__main__":

@@ -133,6 +133,26 @@ def test_status_exits_as_a_job_script_needs_it(tmp_path: Path, capsys, state: st
     assert (status, lines) == (exit_status, [f"{shown}, step 120{reason}; launch night, heartbeat AGE ago"])
 
 
+def test_a_fine_tuning_with_seeds_is_done_when_all_are(tmp_path: Path, capsys):
+    for seed, state in ((0, "done"), (1, "stopped")):
+        claim = claim_run(tmp_path / f"seed-{seed}", "night")
+        write_status(claim, state, 9 + seed, "SIGUSR1" if state == "stopped" else "")
+        release_run(claim)
+    status, (line,) = run(capsys, "--run", tmp_path, "--status")
+    assert (status, AGE.sub("AGE", line)) == (75, "stopped, step 10, SIGUSR1; launch night, heartbeat AGE ago")
+    claim = claim_run(tmp_path / "seed-1", "day")
+    write_status(claim, "done", 12)
+    release_run(claim)
+    status, (line,) = run(capsys, "--run", tmp_path, "--status")
+    assert (status, AGE.sub("AGE", line)) == (
+        75,
+        "stopped, step 12, other seeds are to come; launch day, heartbeat AGE ago",
+    )
+    (tmp_path / "results.json").touch()
+    status, (line,) = run(capsys, "--run", tmp_path, "--status")
+    assert (status, AGE.sub("AGE", line)) == (0, "done, step 12; launch day, heartbeat AGE ago")
+
+
 def test_a_live_run_is_called_running():
     status = RunStatus("running", 7, "", "night", heartbeat=1000.0, alive=True)
     assert describe_status(status, 1090.0) == "running, step 7; launch night, heartbeat 1 min ago"

@@ -13,10 +13,11 @@ import pytest
 import torch.distributed as dist
 
 from gloria import doctor
+from gloria.config import plan_run, read_pretrain_config
+from gloria.dist.manifest import checkpoint_path
 from gloria.doctor import Row
 from gloria.errors import UserError
 from tests.launch import SMALL, flags
-from tests.world import run_world
 
 CARD = "NVIDIA A100-SXM4-40GB, 40 GB"
 FACT = {
@@ -27,6 +28,9 @@ FACT = {
     "cores": 64,
     "versions": {"torch": "2.13.0", "nccl": "2.28.9", "nvidia driver": "550.54.15"},
     "gpus": [CARD] * 4,
+    "interface": "ib0 (100 Gbit/s)",
+    "nccl": "",
+    "faster": "",
     "recipe": "0123456789abcdef",
     "tokenizer": "fedcba9876543210",
     "problem": "",
@@ -47,6 +51,7 @@ def test_nodes_that_are_alike_have_nothing_wrong():
     facts = two_nodes()
     assert doctor._versions_row(facts) == Row("versions", "nccl 2.28.9, nvidia driver 550.54.15, torch 2.13.0")
     assert doctor._gpu_row(facts) == Row("gpus", f"4 x {CARD} a node, 4 ranks")
+    assert doctor._network_row(facts) == Row("network", "gloo by ib0 (100 Gbit/s); NCCL by its own choice")
     assert doctor._recipe_row(facts) == Row("recipe", "the same on all ranks, and nothing wrong with it")
     assert doctor._clock_row(facts, [0.0, -0.4]) == Row("clocks", "within 0.400 s of each other")
 
@@ -77,6 +82,13 @@ def test_nodes_that_are_alike_have_nothing_wrong():
             {"gpus": []},
             f"4 x {CARD} on gpu01; none on gpu02",
             "ask for nodes of one kind: sbatch --constraint or --gres=gpu:KIND:N",
+        ),
+        (
+            doctor._network_row,
+            {"interface": "eth0 (1 Gbit/s)", "nccl": "eth0", "faster": "ib0 (100 Gbit/s)"},
+            "gloo by ib0 (100 Gbit/s) on gpu01; eth0 (1 Gbit/s) on gpu02; NCCL by its own choice on gpu01; eth0 on "
+            "gpu02; gpu02 has ib0 (100 Gbit/s)",
+            "if it leads to the other nodes, name it: GLORIA_INTERFACE=ib0 sbatch ...",
         ),
         (
             doctor._recipe_row,
@@ -127,10 +139,11 @@ def one_process(monkeypatch):
 
 def test_one_process_has_nothing_wrong_and_leaves_nothing(recipe, tmp_path, capsys, one_process):
     assert doctor.main(flags(recipe, run__dir=tmp_path / "runs" / "new")) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("threads ")]
     assert lines[0] == "1 ranks on 1 nodes, started by python"
     assert [line.split()[:2] for line in lines[1:-1]] == [
-        ["ok", name] for name in ("versions", "gpus", "recipe", "clocks", "all-reduce", "corpus", "run", "disk")
+        ["ok", name]
+        for name in ("versions", "gpus", "network", "recipe", "clocks", "all-reduce", "corpus", "run", "disk")
     ]
     assert lines[-1] == "nothing is wrong"
     assert list(tmp_path.iterdir()) == []
@@ -143,9 +156,17 @@ def test_no_room_and_a_folder_that_is_none_are_told_together(recipe, tmp_path, c
     assert doctor.main(flags(recipe, run__dir=tmp_path / "file" / "run", checkpoint__keep=2)) == 2
     out = capsys.readouterr().out
     assert f"WRONG  run folder  {tmp_path}/file/run: cannot be written (Not a directory)\n" in out
-    # 99,008 parameters of 12 bytes; two kept and one being written
+    # 99,008 parameters of 12 bytes; of three in all two are kept and one is being written
     assert "3 checkpoints of 1.19 MB are 3.56 MB\n" in out
-    assert out.endswith("2 of 8 checks found something wrong\n")
+    assert out.endswith("2 of 9 checks found something wrong\n")
+
+
+def test_checkpoints_that_are_there_or_never_will_be_need_no_room(recipe, tmp_path):
+    config = read_pretrain_config(flags(recipe, run__dir=tmp_path, checkpoint__keep=9))
+    assert "; 3 checkpoints of 1.19 MB are 3.56 MB" in doctor._disk_row(config, plan_run(config)).found
+    for step in (4, 8):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    assert "; 1 checkpoints of 1.19 MB are 1.19 MB" in doctor._disk_row(config, plan_run(config)).found
 
 
 def test_a_wrong_recipe_is_a_row_and_ends_what_needs_it(recipe, capsys, one_process):
@@ -153,15 +174,6 @@ def test_a_wrong_recipe_is_a_row_and_ends_what_needs_it(recipe, capsys, one_proc
     out = capsys.readouterr().out
     assert "WRONG  recipe      /nowhere: no such folder" in out
     assert "corpus  " not in out
-
-
-def gather_world(rank: int, world: int) -> list[doctor.Facts]:
-    return doctor.gather({"rank": rank, "text": "é" * (5 - rank)})
-
-
-def test_gather_gives_every_rank_what_every_rank_says():
-    expected = [{"rank": rank, "text": "é" * (5 - rank)} for rank in range(3)]
-    assert run_world(gather_world, 3) == [expected] * 3
 
 
 def test_ranks_that_do_not_meet_are_one_line(monkeypatch):

@@ -50,3 +50,12 @@ class CheckpointConfig:
         "write in the background while training goes on, for a second copy of a rank's weights and optimizer "
         "state in host memory (12 bytes a parameter, over ranks / replicas); false waits for the disk, without it",
     )
+
+    def most_at_once(self, total_steps: int) -> int:
+        """Checkpoints that are there together at most in a run of `total_steps`, the one being written among them."""
+        saved = -(-total_steps // self.every)
+        for_good = total_steps // self.keep_every if self.keep_every else 0
+        # The newest may be among those kept for good.
+        newest = {min((saved - back) * self.every, total_steps) for back in range(min(self.keep, saved))}
+        extra = sum(1 for step in newest if not self.keep_every or step % self.keep_every)
+        return min(for_good + extra + 1, saved)

@@ -15,10 +15,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _received: list[int] = []  # signal numbers in the order they came; a handler may only append
 _started = time.monotonic()
 _deadline = math.inf
+_then = ""
 
 
-def install_stop_handlers() -> None:
-    """From here on a stop signal is remembered instead of ending the process; a second Ctrl-C ends it at once."""
+def install_stop_handlers(then: str = "the run saves and stops after this step") -> None:
+    """From here on a stop signal is remembered instead of ending the process; a second Ctrl-C ends it at once.
+
+    `then` is what is said to follow when one comes.
+    """
+    global _then
+    _then = then
     for number in STOP_SIGNALS:
         signal.signal(number, _remember)
 
@@ -30,7 +36,7 @@ def _remember(number: int, _frame: FrameType | None) -> None:
         return
     _received.append(number)
     # os.write: a print inside a handler can meet the interrupted print's own lock.
-    os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: the run saves and stops after this step\n".encode())
+    os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: {_then}\n".encode())
 
 
 def set_time_budget(minutes: float | None) -> None:

@@ -59,20 +59,22 @@ def write_results(path: Path, about: Mapping[str, Any], records: Sequence[Mappin
 
 def table(results: Mapping[str, Any]) -> str:
     """The scores for people: a line for each metric."""
-    lines = ["{:<18}{:<7}{:<34}{:>9}  {:<20}{:>6}".format("task", "split", "metric", "score", "95 % interval", "n")]
+    width = max([5, *(len(record["split"]) for record in results["results"])]) + 2  # a split may be a source's name
+    start = f"{{:<18}}{{:<{width}}}{{:<34}}"  # task, split, metric
+    lines = [f"{start}{{:>9}}  {{:<20}}{{:>6}}".format("task", "split", "metric", "score", "95 % interval", "n")]
     for record in results["results"]:
-        start = f"{record['task']:<18}{record['split']:<7}"
+        task, split = record["task"], record["split"]
         if "not_scored" in record:
-            lines.append(f"{start}not scored: {record['not_scored']}")
+            lines.append(start.format(task, split, f"not scored: {record['not_scored']}").rstrip())
         for name, value in record.get("scores", {}).items():
             if value["value"] is None:
-                lines.append(f"{start}{name:<34}{'-':>9}  {value['reason']}")
+                lines.append(f"{start.format(task, split, name)}{'-':>9}  {value['reason']}")
                 continue
             known = value.get("low") is not None
             interval = f"{value['low']:.4f} to {value['high']:.4f}" if known else ""
             if "deviation" in value:
                 interval = f"deviation {value['deviation']:.4f}"
-            lines.append(f"{start}{name:<34}{value['value']:>9.4f}  {interval:<20}{value['n']:>6}")
+            lines.append(f"{start.format(task, split, name)}{value['value']:>9.4f}  {interval:<20}{value['n']:>6}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Jobs of launch/pretrain.sbatch, what they leave, and the undisturbed runs to compare it with."""
+"""Jobs of launch/*.sbatch, what they leave, and the undisturbed runs to compare it with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,16 @@ PATIENCE = 300  # seconds for anything that takes a few; a busy machine is slow
 
 @dataclass
 class Job:
-    """A pre-training job and where its run, its log and the record of its samples are."""
+    """A job and where its run, its log and the record of its samples are."""
 
     cluster: Cluster
     id: str
     folder: Path
+    log: Path
 
     @property
     def run(self) -> Path:
         return self.folder / "run"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
 
     def state(self) -> str:
         return self.cluster.job(self.id)["JobState"]
@@ -46,10 +44,10 @@ class Job:
         """How often Slurm has requeued it."""
         return int(self.cluster.job(self.id)["Restarts"])
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, run: str = "run") -> None:
         def reached() -> bool:
             assert self.state() in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.log.read_text()
-            return any(line["step"] >= step for line in metrics(self.run, "train"))
+            return any(line["step"] >= step for line in metrics(self.folder / run, "train"))
 
         self.cluster.wait_for(f"step {step}", reached, PATIENCE, self.log)
 
@@ -73,28 +71,44 @@ def submit(
     folder: Path,
     recipe: dict[str, Any],
     *options: str,
-    launcher: str = "srun",
     pause: float = 0.1,
     nodes: str = "2",
-    ranks_per_node: int = 1,
+    **about: Any,
 ) -> Job:
     """`sbatch launch/pretrain.sbatch` with a recipe; `pause` seconds before each step leave time to disturb it."""
-    samples = folder / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    pauses = {"TEST_SAMPLES": str(folder / "samples"), "TEST_STEP_SECONDS": str(pause)}
+    arguments = flags(recipe, run__dir=folder / "run")
+    return submit_script(cluster, folder, "pretrain", arguments, f"--nodes={nodes}", *options, more=pauses, **about)
+
+
+def submit_script(
+    cluster: Cluster,
+    folder: Path,
+    script: str,
+    arguments: Sequence[str],
+    *options: str,
+    launcher: str = "srun",
+    ranks_per_node: int = 1,
+    interface: str = "lo",
+    more: Mapping[str, str] | None = None,
+) -> Job:
+    """`sbatch OPTIONS launch/SCRIPT.sbatch ARGUMENTS`, with `more` in its environment."""
     environment = {
         "GLORIA_VENV": sys.prefix,
         "GLORIA_LAUNCHER": launcher,
-        "GLORIA_INTERFACE": "lo",
+        "GLORIA_INTERFACE": interface,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{HOOKS}:{REPOSITORY}",
-        "TEST_SAMPLES": str(samples),
-        "TEST_STEP_SECONDS": str(pause),
+        "HF_HUB_OFFLINE": "1",
+        **(more or {}),
     }
-    size = [f"--nodes={nodes}", f"--gpus-per-node={ranks_per_node}", "--time=30"]
-    arguments = flags(recipe, run__dir=folder / "run")
-    command = ["sbatch", "--parsable", f"--output={folder / 'log.txt'}", *size, *options, "launch/pretrain.sbatch"]
+    log = folder / ("log.txt" if script == "pretrain" else f"{script}.txt")
+    size = [f"--gpus-per-node={ranks_per_node}", "--time=30"]
+    size += [] if script == "pretrain" else ["--cpus-per-gpu=1"]
+    command = ["sbatch", "--parsable", f"--output={log}", *size, *options, f"launch/{script}.sbatch"]
     job = cluster.call(*command, *arguments, environment=environment, cwd=REPOSITORY).strip()
-    return Job(cluster, job, folder)
+    return Job(cluster, job, folder, log)
 
 
 @dataclass

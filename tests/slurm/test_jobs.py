@@ -26,7 +26,7 @@ def resumes(job) -> list[int]:
 
 def test_a_signal_saves_and_requeues_and_the_job_after_it_waits(cluster, references, recipe, tmp_path):
     recipe |= {"train.steps": 20}
-    job = submit(cluster, tmp_path, recipe)
+    job = submit(cluster, tmp_path, recipe, interface="")
     copy = f"--wrap=cp {job.run}/status.json {tmp_path}/afterwards.json"
     cluster.call("sbatch", f"--dependency=afterok:{job.id}", f"--output={tmp_path}/after.txt", copy)
     job.wait_for_step(4)
@@ -34,6 +34,11 @@ def test_a_signal_saves_and_requeues_and_the_job_after_it_waits(cluster, referen
     job.wait_for_state("COMPLETED")
     assert job.restarts() == 1
     assert len(resumes(job)) == 1
+    for node, peer in (("node1", "node2"), ("node2", "node1")):
+        way = (
+            f"{node}: its own name leads to lo; GLOO_SOCKET_IFNAME=lo leads to {peer} (GLORIA_INTERFACE names another)"
+        )
+        assert job.log.read_text().count(way) == 2
     assert_same_run(tmp_path, references.get(recipe, 2))
     after = tmp_path / "afterwards.json"
     cluster.wait_for("the job after it", after.exists, PATIENCE)

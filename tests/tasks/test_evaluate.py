@@ -18,7 +18,9 @@ import gloria.evaluate as evaluate
 import gloria.finetune as finetune
 from gloria.dist.process import Process
 from gloria.errors import UserError
+from gloria.tasks.catalog import find_task
 from gloria.tasks.loglikelihood import windows
+from gloria.tasks.samples import sample_folder
 from tests.tasks.tiny import WORDS, make_folder, sentence, write_assin, write_lines
 from tests.world import run_world
 
@@ -182,3 +184,20 @@ def test_a_fine_tuned_folder_scores_as_it_did_when_it_was_saved(neo, data, tmp_p
         assert record["scores"][name]["value"] == pytest.approx(score["value"], abs=1e-4)
     with pytest.raises(UserError, match="has heads for assin2, not calame; give the model before it was tuned"):
         run(tmp_path / "run", data, tmp_path / "other", "calame")
+
+
+@pytest.mark.parametrize(("task", "count"), [("assin2", "training examples"), ("calame", "examples")])
+def test_without_data_the_sample_is_scored_and_called_one(task, count, neo, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = [f"--task={task}", f"--model={neo}", f"--out={out}", "--device=cpu"]
+    assert evaluate.main([*given, "--rule=log-likelihood"] if task == "calame" else given) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data ")]
+    sizes = {
+        split: len(find_task(task).read(sample_folder(find_task(task)), split)) for split in find_task(task).splits
+    }
+    number = sizes.get("train", sizes["test"])
+    assert line == (
+        f"data       sample of {task} that comes with gloria ({number} {count}, written for it): for trying out, its "
+        "scores say nothing"
+    )
+    assert records(out)[0]["n"] == sizes["test"]

@@ -2,6 +2,7 @@
 
 TEST_SAMPLES       folder: a line `step row source epoch window` a sample, in one file a process
 TEST_STEP_SECONDS  pause before each step, so that a test can meet the run half-way on any machine
+TEST_TUNE_SECONDS  the same for a fine-tuning
 """
 
 from __future__ import annotations
@@ -29,3 +30,14 @@ if folder := os.environ.get("TEST_SAMPLES"):
         return batch
 
     Loader.__next__ = take_and_tell
+
+if pause := os.environ.get("TEST_TUNE_SECONDS"):
+    from gloria.optim import schedules
+
+    rate = schedules.learning_rate
+
+    def rate_after_a_pause(*arguments: object) -> float:
+        time.sleep(float(pause))
+        return rate(*arguments)
+
+    schedules.learning_rate = rate_after_a_pause
