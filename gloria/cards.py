@@ -24,10 +24,9 @@ class Card:
     link: float | None  # GB/s to the other GPUs of its node, one way: NVLink, or PCIe where it has none for all
     source: str
 
-    @property
-    def peak(self) -> float | None:
-        """FLOP/s with 16 bits; bf16 and fp16 have the same peak where a card has both."""
-        found = self.bf16 or self.fp16
+    def peak(self, precision: str) -> float | None:
+        """FLOP/s in fp32, or in bf16 and fp16, which have the same peak where a card has both."""
+        found = self.fp32 if precision == "fp32" else self.bf16 or self.fp16
         return found * 1e12 if found else None
 
 
@@ -58,6 +57,31 @@ CARDS = (
     Card("RTX-4090", r"RTX 4090", 24564, 165.2, 165.2, 82.6, 32, "Ada architecture paper, table of the RTX 4090"),
     Card("RTX-3090", r"RTX 3090", 24576, 71, 71, 35.6, 32, "GA102 architecture paper, table of the RTX 3090"),
 )
+
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by precision
+
+
+def resolve_precision(asked: str, card: str | None, *, has_bf16: bool = False) -> tuple[str, str]:
+    """What `train.precision` is on a card (its name, None for a CPU), and why, in words.
+
+    `auto` is bf16 where the card has it, fp16 on other cards, which is as fast and needs its loss scaled, and fp32 on
+    CPU, where 16 bits are slower. UserError for bf16 on a card without: torch would emulate it, many times slower.
+    """
+    if asked == "auto" and card is None:
+        return "fp32", "no GPU is used"
+    if asked == "auto":
+        return ("bf16", f"{card} has it") if has_bf16 else ("fp16", f"{card} has no bf16")
+    if asked == "bf16" and card is not None and not has_bf16:
+        raise UserError(f"train.precision: {card} has no bf16; set it to auto, fp16 or fp32")
+    return asked, "as the recipe has it"
+
+
+def precision_on(asked: str, card: Card | None) -> tuple[str, str]:
+    """`resolve_precision` for a card, None for a CPU; one that is not in the table is taken to have bf16."""
+    if card is None:
+        return resolve_precision(asked, None)
+    return resolve_precision(asked, card.name, has_bf16=bool(card.bf16 or not card.fp16))
 
 
 def card_of_cuda_name(cuda_name: str) -> Card | None:

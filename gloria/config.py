@@ -75,8 +75,9 @@ class TrainConfig:
     sequence_length: int = option(512, "tokens that are predicted in a window", minimum=1)
     precision: str = option(
         "auto",
-        "of the matrix products: auto is bf16 on GPU and fp32 on CPU; weights and state stay fp32",
-        choices=("auto", "fp32", "bf16"),
+        "of the matrix products: auto is bf16 on a GPU that has it, fp16 (with its loss scaled) on an older one, "
+        "fp32 on CPU; weights and state stay fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     activation_checkpointing: str = option(
         "none",

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
-
-from gloria.config import PretrainConfig, RunPlan, peak_of_step
+from gloria.cards import ELEMENT_BYTES, gpus_here, precision_on
+from gloria.config import PretrainConfig, RunPlan, located, peak_of_step
+from gloria.errors import UserError
 from gloria.metrics import short_number
 from gloria.optim import schedules
 
 
-def describe(config: PretrainConfig, plan: RunPlan) -> str:
-    """The run in a few lines, for the user to read before it starts."""
+def precision_here(config: PretrainConfig) -> tuple[str, str]:
+    """The precision of a run on this machine, and why, as far as nvidia-smi can tell; UserError as the run's."""
+    found = None if config.run.device == "cpu" else gpus_here()
+    try:
+        return precision_on(config.train.precision, found and found[1])
+    except UserError as error:
+        raise located(config, error) from None
+
+
+def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) -> str:
+    """The run in a few lines, for the user to read before it starts; `why` it has its precision."""
     train, shape, counts = config.train, plan.shape, plan.parameters
     parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
     step_tokens = train.global_batch * train.sequence_length
-    sixteen_bits = train.precision == "bf16" or (
-        train.precision == "auto" and config.run.device != "cpu" and shutil.which("nvidia-smi") is not None
-    )
-    memory = peak_of_step(config, shape, plan.world, element_bytes=2 if sixteen_bits else 4)
+    memory = peak_of_step(config, shape, plan.world, element_bytes=ELEMENT_BYTES[precision])
     seconds = plan.tokens * plan.flops_per_token / 1e12 / plan.world
     rows = {
         "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.where}",
         "model": f"{shape.architecture}: {shape.num_layers} layers x {shape.hidden_size}, {shape.num_heads} "
         f"heads, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
         "parameters": f"{counts['total']:,} ({parts})",
+        "precision": f"{precision}: {why}",
         "memory": f"{memory.tell()}; python -m gloria.plan tells more",
         "step": f"{train.global_batch} windows x {train.sequence_length} = {step_tokens:,} tokens "
         f"({plan.world} ranks x {plan.accumulation} passes x micro-batch {train.micro_batch})",

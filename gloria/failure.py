@@ -69,10 +69,12 @@ def is_peer_gone(error: Exception) -> bool:
 
 def _out_of_memory(run: Run) -> str:
     train, watch = run.config.train, run.watch
-    share = train.global_batch // watch.world
-    smaller = max((size for size in range(1, train.micro_batch) if share % size == 0), default=0)
+    share = -(-train.global_batch // watch.world)
+    micro_batch = train.micro_batch or share
+    length = getattr(train, "sequence_length", 0) or train.max_length  # the latter of a fine-tuning
+    smaller = max((size for size in range(1, micro_batch) if share % size == 0), default=0)
     lower = f"set train.micro_batch to {smaller}, " if smaller else ""
     return (
-        f"out of memory on rank {watch.rank} in {watch.place}, with train.micro_batch {train.micro_batch} x "
-        f"{train.sequence_length} tokens; {lower}train.activation_checkpointing to full, or take more ranks"
+        f"out of memory on rank {watch.rank} in {watch.place}, with train.micro_batch {micro_batch} x "
+        f"{length} tokens; {lower}train.activation_checkpointing to full, or take more ranks"
     )

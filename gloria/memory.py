@@ -143,10 +143,12 @@ class _Step:
     def loss(self) -> int:
         """In the loss's backward: the gradients of hidden states and head (fp32), a chunk's logits and their softmax.
 
-        From the second chunk on the gradient of the one before is still there.
+        From 16 bits softmax works with a copy of the logits in fp32 (with fp16 on GPU it does not). From the second
+        chunk on the gradient of the one before is still there.
         """
+        copy = 4 if self.element < 4 else 0
         before = self.element if self.tokens > CHUNK_TOKENS else 0
-        chunk = min(self.tokens, CHUNK_TOKENS) * self.shape.vocab_size * (self.element + 4 + before)
+        chunk = min(self.tokens, CHUNK_TOKENS) * self.shape.vocab_size * (self.element + copy + 4 + before)
         return self.hidden + chunk + self.shape.vocab_size * self.shape.hidden_size * STATE_BYTES
 
     def kept(self, layer: int, checkpointing: str) -> int:

@@ -29,10 +29,10 @@ class LogConfig:
     tensorboard: bool = option(True, "also write TensorBoard events, under DIR/tensorboard")
 
 
-def peak_flops(card: str) -> float | None:
-    """The dense 16-bit peak, in FLOP/s, of a card by CUDA's name for it; None for an unknown card."""
+def peak_flops(card: str, precision: str) -> float | None:
+    """The dense peak, in FLOP/s, of a card by CUDA's name for it; None for an unknown card."""
     known = card_of_cuda_name(card)
-    return known.peak if known else None
+    return known.peak(precision) if known else None
 
 
 def peak_memory(device_type: str) -> int:
@@ -67,6 +67,7 @@ class Meter:
     def _start_anew(self) -> None:
         self.steps = 0
         self.skipped = 0
+        self.overflows = 0  # of the loss scale, which are no skips
         self.source_loss = np.zeros(len(self.names))  # sum of token losses
         self.source_rows = np.zeros(len(self.names), dtype=np.int64)  # windows
         self.grad_norm = math.nan  # of the last step that was applied
@@ -83,8 +84,9 @@ class Meter:
         applied: bool,
         seconds: float,
         data_seconds: float,
+        overflow: bool = False,
     ) -> None:
-        """Count a step; one whose update was skipped counts in time and not in the loss."""
+        """Count a step; one whose update was left out counts in time and not in the loss."""
         self.steps += 1
         self.timed_steps += 1
         self.timed_rows += int(source_rows.sum())
@@ -94,6 +96,8 @@ class Meter:
             self.source_loss += source_loss
             self.source_rows += source_rows
             self.grad_norm = grad_norm
+        elif overflow:
+            self.overflows += 1
         else:
             self.skipped += 1
 
@@ -106,12 +110,14 @@ class Meter:
         taken: Mapping[str, int],
         epochs: Mapping[str, float],
         memory: int,
+        loss_scale: float = 0.0,
     ) -> dict[str, Any]:
         """The values of a train line; then the meter starts anew.
 
         `tokens` and `epochs` are of the run so far; `taken` counts windows by source since the present
         weights hold, and the achieved share is measured on it; `memory` is in bytes. Losses and times are
-        means over the steps, speed is of all ranks together, `tflops` of one.
+        means over the steps, speed is of all ranks together, `tflops` of one. With a `loss_scale`, that of the last
+        step, it and the steps that overflowed it are among the values.
         """
         rows = int(self.source_rows.sum())
         loss = float(self.source_loss.sum()) / (rows * self.sequence_length) if rows else math.nan
@@ -141,6 +147,7 @@ class Meter:
             **({} if self.card_peak is None else {"mfu": flops / self.card_peak}),
             "memory": memory,
             "skipped": self.skipped,
+            **({"overflows": self.overflows, "loss_scale": loss_scale} if loss_scale else {}),
             "sources": sources,
         }
         self._start_anew()
@@ -151,6 +158,7 @@ class Meter:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
+            "overflows": self.overflows,
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "loss": dict(zip(self.names, self.source_loss.tolist())),
             "rows": dict(zip(self.names, self.source_rows.tolist())),
@@ -158,7 +166,7 @@ class Meter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the sums of `state_dict`; sources are found by name, for there may be others now."""
-        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.steps, self.skipped, self.overflows = state["steps"], state["skipped"], state.get("overflows", 0)
         self.grad_norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
         self.source_loss = np.array([state["loss"].get(name, 0.0) for name in self.names])
         self.source_rows = np.array([state["rows"].get(name, 0) for name in self.names], dtype=np.int64)
@@ -174,12 +182,13 @@ class RunLog:
     bar: Any = None  # tqdm, on a terminal
     lines: int = 0
 
-    def train(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of `Meter.read`, after `step` steps."""
+    def train(self, step: int, values: Mapping[str, Any], table: tuple[Any, Any] | None = None) -> None:
+        """A line of `Meter.read`, after `step` steps, or of other values as `table` (columns, cells) prints them."""
+        columns, cells = table or (_COLUMNS, _cells)
         if self.lines % 20 == 0:
-            self._print("  ".join(f"{title:>{width}}" for title, width in _COLUMNS))
+            self._print("  ".join(f"{title:>{width}}" for title, width in columns))
         self.lines += 1
-        self._print("  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(_cells(step, values), _COLUMNS)))
+        self._print("  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells(step, values), columns)))
         self._write("train", step, values)
 
     def valid(self, step: int, loss: float, sources: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gloria.cards import CARDS, Card, gpus_here, read_gpus
+from gloria.cards import CARDS, ELEMENT_BYTES, Card, gpus_here, precision_on, read_gpus
 from gloria.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
 from gloria.describe import duration_text
 from gloria.dist.environment import read_environment
@@ -60,10 +60,16 @@ class Job:
     config: PretrainConfig
     shape: ModelShape
     total_steps: int
-    element_bytes: int  # of what is computed with
+    precision: str  # of what is computed with
+    why: str
     sources: tuple[str, ...]  # lines on the mixture
     unknown: tuple[str, ...]  # lines on what could not be known
     warnings: tuple[str, ...] = ()
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a number as it is computed with."""
+        return ELEMENT_BYTES[self.precision]
 
     @property
     def step_tokens(self) -> int:
@@ -126,13 +132,12 @@ def this_machine() -> tuple[int, Card]:
 def read_job(argv: list[str], machine: Machine) -> Job:
     """The recipe as it would run on the machine; `UserError` has everything that is wrong with it."""
     config = read_pretrain_config(argv, machine.gpus)
-    on_gpu = machine.card.name != "processor"
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if machine.card.bf16 or (on_gpu and not machine.card.fp16) else "fp32"
-    if precision == "bf16" and machine.card.fp16 and not machine.card.bf16:
-        raise UserError(f"{config.label('train.precision')}: {machine.card.name} has no bf16; set it to auto or fp32")
-    element_bytes = 4 if precision == "fp32" else 2
+    try:
+        precision, why = precision_on(
+            config.train.precision, None if machine.card.name == "processor" else machine.card
+        )
+    except UserError as error:
+        raise located(config, error) from None
     if (Path(config.data.corpus) / "manifest.json").exists():
         plan = plan_run(config, machine.gpus)
         shares = plan.mixture.shares
@@ -140,11 +145,11 @@ def read_job(argv: list[str], machine: Machine) -> Job:
             f"{name}: share {shares[name]:.4f}, {epochs:.2f} epochs of {plan.mixture.sources[name].tokens:,} tokens"
             for name, epochs in plan.epochs.items()
         )
-        return Job(config, plan.shape, plan.total_steps, element_bytes, sources, (), plan.warnings)
-    return without_corpus(config, element_bytes)
+        return Job(config, plan.shape, plan.total_steps, precision, why, sources, (), plan.warnings)
+    return without_corpus(config, precision, why)
 
 
-def without_corpus(config: PretrainConfig, element_bytes: int) -> Job:
+def without_corpus(config: PretrainConfig, precision: str, why: str) -> Job:
     """A job from the recipe alone."""
     train, model, corpus = config.train, config.model, config.data.corpus
     if train.steps is None:
@@ -165,7 +170,7 @@ def without_corpus(config: PretrainConfig, element_bytes: int) -> Job:
         f"no corpus at {corpus} yet: a vocabulary of {vocab_size:,} is assumed, and epochs are unknown",
         f"shares of the recipe: {shares}" if shares else "shares: the corpus will tell",
     )
-    return Job(config, shape, train.steps, element_bytes, (), unknown)
+    return Job(config, shape, train.steps, precision, why, (), unknown)
 
 
 def estimate(job: Job, machine: Machine, gpus: int, micro_batch: int) -> Estimate:
@@ -174,7 +179,7 @@ def estimate(job: Job, machine: Machine, gpus: int, micro_batch: int) -> Estimat
     config = dataclasses.replace(job.config, train=train)
     memory = peak_of_step(config, job.shape, gpus, element_bytes=job.element_bytes)
     passes = train.global_batch // (micro_batch * gpus)
-    peak = machine.card.peak if job.element_bytes == 2 else machine.card.fp32 and machine.card.fp32 * 1e12
+    peak = machine.card.peak(job.precision)
     flops = flops_per_token(job.shape, train.sequence_length) * job.step_tokens
     sent = traffic_per_step(
         job.shape, passes=passes, ranks=gpus, replicas=config.dist.replicas, element_bytes=job.element_bytes
@@ -213,6 +218,8 @@ def lines_of(job: Job, machine: Machine) -> Iterator[str]:
     yield f"length       {steps} = {short_number(tokens)} tokens ({tokens:,})"
     yield from (f"source       {line}" for line in job.sources)
     yield from (f"unknown      {line}" for line in job.unknown)
+    if train.precision == "auto":
+        yield f"precision    {job.precision}: {job.why}"
     model_flops = flops_per_token(shape, length)
     executed = executed_flops_per_token(shape, length, train.activation_checkpointing)
     yield (
@@ -271,11 +278,7 @@ def disk_lines(job: Job, machine: Machine) -> Iterator[str]:
         3 * STATE_BYTES * count_parameters(dataclasses.replace(job.shape, vocab_size=job.shape.padded_vocab))["total"]
     )
     saved = -(-job.total_steps // keep.every)
-    for_good = job.total_steps // keep.keep_every if keep.keep_every else 0
-    # The newest may be among those kept for good.
-    newest = {min((saved - back) * keep.every, job.total_steps) for back in range(min(keep.keep, saved))}
-    extra = sum(1 for step in newest if not keep.keep_every or step % keep.keep_every)
-    most = min(for_good + extra + 1, saved)
+    most = keep.most_at_once(job.total_steps)
     yield (
         f"checkpoints  {size_text(each)} each, {saved:,} in all; at most {most} at once (one of them being written): "
         f"{size_text(most * each)}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from gloria.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
 from gloria.demo import prepare_demo_corpus
-from gloria.describe import describe
+from gloria.describe import describe, precision_here
 from gloria.dist.signals import install_stop_handlers, stop_reason
 from gloria.errors import run_command, warn
 from gloria.options import to_toml
@@ -39,8 +39,10 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from gloria import saving
 from gloria.data.loader import Batch
-from gloria.dist.checkpoint import abandon, begin_save, finish, publish
+from gloria.dist.checkpoint import abandon
+from gloria.dist.loss_scale import adjust
 from gloria.dist.process import on_any_rank
 from gloria.dist.sharding import (
     all_reduce_sums,
@@ -50,12 +52,11 @@ from gloria.dist.sharding import (
     reseed,
     update,
 )
-from gloria.dist.state import rng_state_dict
-from gloria.dist.step_sums import judge, pack_sums, unpack_sums
+from gloria.dist.step_sums import judge, overflowed, pack_sums, unpack_sums
 from gloria.failure import fail
 from gloria.optim.schedules import learning_rate
 from gloria.run import Queued, Run, close_run, flags_of, open_run, tensor_state, trainer_state
-from gloria.tell import end_trace, tell_save, tell_skip, tell_step, trace_steps
+from gloria.tell import count_step, end_trace, tell_step, trace_steps
 
 # Why a run ends before its plan is done: saved, or as its last checkpoint has it.
 ASKED, *UNSAVED = "asked to stop", "too many skips", "another launch has taken the run over"
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check the recipe, then train; `--dry-run` stops after the check."""
     config, plan = check(argv)
     if config.dry_run:
-        print(to_toml(config), describe(config, plan), sep="\n")
+        print(to_toml(config), describe(config, plan, *precision_here(config)), sep="\n")
         for warning in plan.warnings:
             warn(warning)
         return 0
@@ -104,14 +105,14 @@ def take_steps(run: Run) -> str:
         queued = step
         queued.seconds, queued.data_seconds = perf_counter() - started, data_seconds
 
-        saving = run.step % config.checkpoint.every == 0
-        if (run.validation_due or saving or stop or run.step == total_steps) and stop not in UNSAVED:
+        save_due = run.step % config.checkpoint.every == 0
+        if (run.validation_due or save_due or stop or run.step == total_steps) and stop not in UNSAVED:
             stop = settle(run, queued) or stop
             queued = None
         if run.validation_due and not stop:
             stop = validate(run)
-        if saving and stop not in UNSAVED:
-            begin(run, asynchronous=config.checkpoint.asynchronous)
+        if save_due and stop not in UNSAVED:
+            saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=config.checkpoint.asynchronous)
     return stop
 
 
@@ -131,8 +132,12 @@ def take_step(run: Run, batch: Batch) -> Queued:
     sources = torch.tensor(batch.source, device=run.process.device)
     sums = pack_sums(gradient_square_sum(gradients, run.mesh), row_losses, sources, num_sources, flags_of(run))
     all_reduce_sums(sums)
-    grad_norm, good = judge(sums, num_sources, run.running_norm, config.train.skip_spikes or 0.0)
-    update(run.optimizer, gradients, clip_coefficient(grad_norm, config.train.clip_norm), good)
+    grad_norm, good = judge(sums, num_sources, run.running_norm, config.train.skip_spikes or 0.0, run.loss_scale)
+    coefficient = clip_coefficient(grad_norm, config.train.clip_norm)
+    if run.loss_scale is not None:
+        coefficient = coefficient / run.loss_scale[0]
+        adjust(run.loss_scale, ~overflowed(sums))
+    update(run.optimizer, gradients, coefficient, good)
     run.optimizer.zero_grad()
     run.step += 1
     return Queued(run.step, batch, lr, sums, run.mixture.next_sample)
@@ -142,7 +147,7 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
     """Gradients of the mean token loss of the *global* batch; returns this rank's summed loss of each row (rows,).
 
     The sum is divided by the global token count before backward, so any split into ranks and micro-batches gives
-    the same gradient. Gradients travel between ranks with the last micro-batch only.
+    the same gradient (fp16: times the loss scale). Gradients travel between ranks with the last micro-batch only.
     """
     tokens = widen(batch.tokens, run.process.device)  # (rows, seq + 1)
     micro_batch = run.config.train.micro_batch
@@ -152,7 +157,8 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
         part = tokens[first : first + micro_batch]
         run.model.set_requires_gradient_sync(first + micro_batch >= len(tokens))
         losses = row_loss_sums(run, part, labels=part[:, 1:])
-        (losses.sum() / global_tokens).backward()
+        loss = losses.sum() / global_tokens
+        (loss if run.loss_scale is None else loss * run.loss_scale[0]).backward()
         row_losses.append(losses.detach())
     return torch.cat(row_losses)
 
@@ -181,26 +187,15 @@ def settle(run: Run, queued: Queued) -> str:
     sums = unpack_sums(queued.sums, len(run.mixture.names))
     if sums.claims_lost:
         return TAKEN_OVER
-    rows = int(sums.source_rows.sum())
-    run.tokens += rows * run.mixture.sequence_length
-    run.meter.add(sums.source_loss, sums.source_rows, sums.grad_norm, sums.applied, queued.seconds, queued.data_seconds)
-    run.skips_in_a_row = 0 if sums.applied else run.skips_in_a_row + 1
-    if not sums.applied:
-        run.skips += 1
-        tell_skip(run, queued, sums)
+    count_step(run, queued, sums)
     if queued.step % run.config.log.every == 0:
-        tell_step(run, queued)
+        tell_step(run, queued, sums)
     if run.log:
         run.log.progress(queued.step)
     if run.claim:
         run.claim.step = queued.step
 
-    if run.save and (sums.saves_failed or sums.saves_done == run.process.world):
-        if sums.saves_failed:
-            abandon(run.save)
-            tell_save(run, whole=False)
-        else:
-            tell_save(run, whole=not run.process.is_main or publish(run.save))
+    saving.settle(run, sums)
     if run.skips_in_a_row >= run.config.train.max_skips:
         return SKIPS
     return ASKED if sums.stop_wishes else ""
@@ -248,44 +243,21 @@ def validate(run: Run) -> str:
     return ""
 
 
-def begin(run: Run, *, asynchronous: bool) -> None:
-    """Start the checkpoint of this step; the step's all-reduce later tells when all ranks have written theirs."""
-    run.watch.at(run.step, "checkpoint", patient=True)
-    if run.save:
-        if run.log:
-            run.log.event(run.step, "checkpoint_wait", for_step=run.save.step)
-        tell_save(run, whole=finish(run.save))
-    run.save = begin_save(
-        run.folder,
-        run.step,
-        tensor_state(run),
-        rng_state_dict(),
-        trainer_state(run),
-        rank=run.process.rank,
-        world=run.process.world,
-        launch=run.launch,
-        asynchronous=asynchronous,
-        staging=run.staging,
-    )
-    if not asynchronous:
-        tell_save(run, whole=finish(run.save))
-
-
 def end(run: Run, stop: str) -> int:
     """Save what is not saved yet, say how the run ended, and give the exit status."""
     run.watch.at(run.step, "checkpoint", patient=True)
     end_trace(run)
     if run.save and stop == TAKEN_OVER:
         abandon(run.save)
-    elif run.save:
-        tell_save(run, whole=finish(run.save))
+    else:
+        saving.wait(run)
     if stop == SKIPS:
         status, reason = "failed", f"{run.skips_in_a_row} steps in a row had to be skipped"
     elif stop == TAKEN_OVER:
         status, reason = "failed", stop
     else:
         if run.saved_step != run.step:
-            begin(run, asynchronous=False)
+            saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=False)
         status, reason = "done" if run.step == run.plan.total_steps else "stopped", stop_reason() or stop
         if run.saved_step != run.step:
             status, reason = "failed", "the last checkpoint could not be written"

@@ -22,9 +22,11 @@ from gloria.data.loader import Batch, Loader, validation_windows
 from gloria.data.mixture import Mixture
 from gloria.data.stream import TokenStream
 from gloria.describe import describe
+from gloria.dist.agreement import require_same_recipe, require_shared
 from gloria.dist.checkpoint import Save, SaveState, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
 from gloria.dist.files import to_json, write_whole
+from gloria.dist.loss_scale import new_loss_scale
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import (
     Process,
@@ -36,7 +38,7 @@ from gloria.dist.process import (
 )
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.retention import check_free_space
-from gloria.dist.sharding import build_mesh, choose_precision, fill_parameters, shard_model
+from gloria.dist.sharding import build_mesh, fill_parameters, precision_and_reason, shard_model
 from gloria.dist.signals import set_time_budget, stop_reason
 from gloria.dist.state import (
     load_model_state_dict,
@@ -45,7 +47,7 @@ from gloria.dist.state import (
     model_state_dict,
     optimizer_state_dict,
 )
-from gloria.dist.status import Claim, claim_run, release_run, write_status
+from gloria.dist.status import LOCK, Claim, claim_run, release_run, write_status
 from gloria.dist.step_sums import Flags, new_running_norm
 from gloria.dist.watch import Watch, start_watch
 from gloria.errors import UserError, warn
@@ -70,6 +72,8 @@ class Run:
     mesh: DeviceMesh
     launch: str  # names this launch in file names and the lock
     folder: Path
+    precision: str  # fp32, bf16 or fp16
+    why: str  # it is that one, in words
     model: Transformer
     optimizer: torch.optim.Optimizer
     mixture: Mixture
@@ -85,7 +89,9 @@ class Run:
     validated_step: int = -1  # steps done at the last whole validation
     skips: int = 0  # updates left out in all, and without a good one in between
     skips_in_a_row: int = 0
+    overflows: int = 0  # updates left out for the loss scale, which are no skips
     running_norm: Tensor | None = None  # of the gradients, where spikes are skipped; see dist.step_sums.judge
+    loss_scale: Tensor | None = None  # of fp16; see dist.loss_scale
     profiler: torch.profiler.profile | None = None  # at work in the steps of train.profile_steps
     save: Save | None = None  # under way in the background
     saved_step: int = 0  # of the newest durable checkpoint
@@ -128,7 +134,7 @@ def open_run(config: PretrainConfig, plan: RunPlan) -> Run:
         leave_process_group()
         raise
     if process.is_main:
-        print(describe(config, plan), flush=True)
+        print(describe(config, plan, run.precision, run.why), flush=True)
         for warning in plan.warnings:
             warn(warning)
         for line in changes:
@@ -148,16 +154,19 @@ def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Wa
     """All that a user's mistake can end; the lines that tell what has changed since the checkpoint."""
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
+    precision, why = _choose_precision(config, process)
+    require_same_recipe(process, config, plan.corpus.manifest, precision=precision)
     mesh = build_mesh(process, config.dist.replicas)
     watch.launch = f"{agree(process, lambda: secrets.randbits(40)):010x}"
     folder = Path(config.run.dir)
     resume_step = agree(process, lambda: _claim_and_choose(config, watch))
+    require_shared(process, folder / LOCK, watch.launch)
     open_rank_log(folder, process.rank, process.world)
     if on_any_rank(bool(stop_reason())):  # before the minutes that a large model takes to load
         if watch.claim:
             write_status(watch.claim, "stopped", resume_step, stop_reason() or "asked to stop")
         raise SystemExit(0)
-    model = _build_model(config, plan, process, mesh)
+    model = _build_model(config, plan, process, mesh, precision)
     run = Run(
         config=config,
         plan=plan,
@@ -165,16 +174,22 @@ def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Wa
         mesh=mesh,
         launch=watch.launch,
         folder=folder,
+        precision=precision,
+        why=why,
         model=model,
         optimizer=build_optimizer(config.optim, model.named_parameters()),
         mixture=plan.mixture,
-        meter=_new_meter(plan, process.device),
+        meter=_new_meter(plan, process.device, precision),
         valid_streams=_open_validation(config, plan),
         watch=watch,
         claim=watch.claim,
     )
     if config.train.skip_spikes is not None:
         run.running_norm = new_running_norm(process.device)
+    if precision == "fp16":
+        run.loss_scale = new_loss_scale(process.device)
+        # Partial sums of a product would be kept in fp16, where they can overflow; bf16 has the range for it.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else _initialise(run)
     if samples := span(config.data.skip_samples):
         changes += _leave_out(run, samples)
@@ -216,7 +231,10 @@ def trainer_state(run: Run) -> dict[str, Any]:
         "validated_step": run.validated_step,
         "skips": run.skips,
         "skips_in_a_row": run.skips_in_a_row,
+        "overflows": run.overflows,
         "running_norm": None if run.running_norm is None else run.running_norm.tolist(),
+        "precision": run.precision,
+        "loss_scale": None if run.loss_scale is None else run.loss_scale.tolist(),
         "mixture": run.loader.state_dict(),
         "schedule": schedules.state_dict(config.schedule, config.optim.lr, run.step, plan.total_steps),
         "rng": {"scheme": RNG_SCHEME, "seed": config.run.seed},
@@ -240,13 +258,22 @@ def _claim_and_choose(config: PretrainConfig, watch: Watch) -> int:
     return choose_step(folder, config.run.resume, watch.launch, config.data.skip_samples)
 
 
-def _build_model(config: PretrainConfig, plan: RunPlan, process: Process, mesh: DeviceMesh) -> Transformer:
+def _choose_precision(config: PretrainConfig, process: Process) -> tuple[str, str]:
+    try:
+        return precision_and_reason(config.train.precision, process.device)
+    except UserError as error:
+        raise located(config, error) from None
+
+
+def _build_model(
+    config: PretrainConfig, plan: RunPlan, process: Process, mesh: DeviceMesh, precision: str
+) -> Transformer:
     compile_blocks = process.device.type == "cuda" if config.train.compile == "auto" else config.train.compile
     return shard_model(
         plan.shape,
         mesh,
         process.device,
-        precision=choose_precision(config.train.precision, process.device),
+        precision=precision,
         activation_checkpointing=config.train.activation_checkpointing,
         compile_blocks=compile_blocks,
     )
@@ -287,7 +314,21 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
     run.validated_step = trainer.get("validated_step", reader.step)
     if run.running_norm is not None and (seen := trainer.get("running_norm")):
         run.running_norm.copy_(torch.tensor(seen, dtype=torch.float64))
-    return changes
+    return changes + _load_precision(run, trainer)
+
+
+def _load_precision(run: Run, trainer: dict[str, Any]) -> list[str]:
+    """The loss scale as the run left it; a line where the precision is another one, or the scale begins anew."""
+    run.overflows = trainer.get("overflows", 0)
+    lines = []
+    before = trainer.get("precision", run.precision)
+    if before != run.precision and trainer["recipe"]["train"]["precision"] == run.config.train.precision:
+        lines.append(f"train.precision: {before} before, {run.precision} now, for the GPUs are others")
+    if run.loss_scale is not None and (seen := trainer.get("loss_scale")):
+        run.loss_scale.copy_(torch.tensor(seen, dtype=torch.float32))
+    elif run.loss_scale is not None:
+        lines.append(f"loss scale: begins at {run.loss_scale[0]:g}, for the checkpoint has none")
+    return lines
 
 
 def _leave_out(run: Run, samples: range) -> list[str]:
@@ -310,14 +351,14 @@ def _prepare_folder(run: Run) -> int:
     return 0
 
 
-def _new_meter(plan: RunPlan, device: torch.device) -> Meter:
+def _new_meter(plan: RunPlan, device: torch.device, precision: str) -> Meter:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return Meter(
         plan.mixture.names,
         plan.mixture.sequence_length,
         plan.flops_per_token,
         plan.world,
-        peak_flops(card) if card else None,
+        peak_flops(card, precision) if card else None,
     )
 
 

@@ -42,19 +42,21 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.world < 1:
         raise UserError(f"--world: {arguments.world} is no number of ranks; give at least 1")
 
-    mixture, recipe = read_run(arguments.run)
+    mixture, state = read_run(arguments.run)
     for gap in mixture.left_out:
         print(f"left out: samples {gap.start}:{gap.stop}", file=sys.stderr)
+    if overflows := state.get("overflows"):
+        print(f"overflows: {overflows} so far, whose updates were left out for the loss scale", file=sys.stderr)
     samples = list(samples_of(mixture, arguments.step, arguments.world))
     if arguments.text:
-        add_texts(samples, mixture, *open_data(mixture, recipe))
+        add_texts(samples, mixture, *open_data(mixture, state["recipe"]))
     for sample in samples:
         print(json.dumps(sample, ensure_ascii=False))
     return 0
 
 
 def read_run(folder: Path) -> tuple[Mixture, dict[str, Any]]:
-    """The newest mixture that a run's folder knows of, and the recipe it was made by.
+    """The newest mixture that a run's folder knows of, and the state it stands in, with the recipe it was made by.
 
     That is the newest checkpoint's, or what the last launch wrote at its start if it has made no step since.
     """
@@ -142,7 +144,7 @@ def _read_state(path: Path) -> tuple[Mixture, dict[str, Any]]:
     state = content.get("state") if path.name == TRAINER else content
     if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict):
         raise UserError(f"{path}: holds no mixture and recipe")
-    return mixture_from_state(state.get("mixture"), str(path)), state["recipe"]
+    return mixture_from_state(state.get("mixture"), str(path)), state
 
 
 if __name__ == "__main__":

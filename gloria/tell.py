@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from gloria.config import span
+from gloria.dist.loss_scale import FACTOR, LEAST
 from gloria.dist.retention import prune
 from gloria.dist.step_sums import StepSums
 from gloria.metrics import peak_memory
 from gloria.run import Queued, Run
 
 
-def tell_step(run: Run, queued: Queued) -> None:
+def tell_step(run: Run, queued: Queued, sums: StepSums) -> None:
     """A line of the log: what the steps since the last one were like."""
     mixture = run.mixture
     taken, stage = mixture.count_before(queued.next_sample), mixture.stages[-1]
@@ -24,13 +27,42 @@ def tell_step(run: Run, queued: Queued) -> None:
         taken=since,
         epochs=mixture.epochs_at(queued.next_sample),
         memory=peak_memory(run.process.device.type),
+        loss_scale=sums.loss_scale,
     )
     if run.log:
         run.log.train(queued.step, values)
 
 
-def tell_skip(run: Run, queued: Queued, sums: StepSums) -> None:
-    """An update was left out: why, which samples the step held, and the sources whose loss was not finite."""
+def count_step(run: Run, queued: Queued, sums: StepSums) -> None:
+    """Count a step; of a skipped one tell why, which samples it held, and the sources whose loss was not finite.
+
+    An overflow is the loss scale's doing, now and then to be expected: it neither counts among the skips in a row nor
+    ends them, and is told where the scale has come down to a further sixteenth.
+    """
+    run.tokens += int(sums.source_rows.sum()) * run.mixture.sequence_length
+    run.meter.add(
+        sums.source_loss,
+        sums.source_rows,
+        sums.grad_norm,
+        sums.applied,
+        queued.seconds,
+        queued.data_seconds,
+        sums.overflow,
+    )
+    if sums.applied:
+        run.skips_in_a_row = 0
+    elif sums.overflow:
+        run.overflows += 1
+        scale = max(sums.loss_scale / FACTOR, LEAST)
+        if run.log and math.log2(scale) % 4 == 0:
+            run.log.event(queued.step, "overflows", so_far=run.overflows, loss_scale=scale)
+    else:
+        run.skips += 1
+        run.skips_in_a_row += 1
+        _tell_skip(run, queued, sums)
+
+
+def _tell_skip(run: Run, queued: Queued, sums: StepSums) -> None:
     if not run.log:
         return
     samples = run.mixture.samples_of_step(queued.step - 1)
@@ -39,7 +71,7 @@ def tell_skip(run: Run, queued: Queued, sums: StepSums) -> None:
         queued.step,
         "skipped",
         samples=f"{samples.start}:{samples.stop}",
-        why="spike" if sums.spike else "not finite",
+        why="spike" if sums.spike else "not finite" if run.loss_scale is None else "not finite; fp16 ends at 65504",
         grad_norm=sums.grad_norm,
         sources=bad or ("all" if sums.spike else "all finite: the gradient was not"),
         in_a_row=run.skips_in_a_row,

@@ -101,10 +101,11 @@ def run(arguments: Sequence[str], world: int, folder: Path, prepare: Callable[[]
     return launch
 
 
-def wait_for_step(run_dir: Path, step: int, launch: Launch, timeout: float = 60) -> None:
-    """Wait until the run's metrics tell of `step`."""
+def wait_for_step(run_dir: Path, step: int, launch: Launch, timeout: float = 60, event: str = "") -> None:
+    """Wait until the run's metrics tell of `step`, or of an event (its checkpoint) at that step or later."""
+    kind = "event" if event else "train"
     deadline = time.monotonic() + timeout
-    while not any(line["step"] >= step for line in metrics(run_dir, "train")):
+    while not any(line["step"] >= step and line.get("event", "") == event for line in metrics(run_dir, kind)):
         assert time.monotonic() < deadline, f"step {step} never came:\n{launch.text()}"
         assert all(process.exitcode is None for process in launch.processes), launch.text()
         time.sleep(0.01)

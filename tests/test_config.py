@@ -97,7 +97,7 @@ def problems(*argv: str, plan: bool = False) -> list[str]:
         ),
         (
             "--train.precision fp8",
-            '--train.precision: unknown value "fp8"; one of "auto", "fp32", "bf16"',
+            '--train.precision: unknown value "fp8"; one of "auto", "fp32", "bf16", "fp16"',
         ),
         (
             "--train.activation_checkpointing some",
@@ -250,8 +250,9 @@ def test_the_plan_says_what_the_recipe_amounts_to(monkeypatch: pytest.MonkeyPatc
         'source "europarl": 7.7 epochs, and above 4 they teach little; set data.weights.europarl to 0.1112 to avoid it',
         'source "oscar" has no validation: its 10 held-out tokens hold no window of 32 + 1',
     )
-    text = describe(config, plan)
+    text = describe(config, plan, "fp16", "T4 has no bf16")
     for line in (
+        "precision   fp16: T4 has no bf16",
         "step        24 windows x 32 = 768 tokens (2 ranks x 3 passes x micro-batch 4)",
         "length      40 steps, 30.7k tokens (30,720)",
         "lr          peak 0.0001, warm-up over 4 steps, then cosine to 0; 40 steps in all",

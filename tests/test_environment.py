@@ -1,13 +1,17 @@
-"""Prevents: ranks that take each other's number or GPU or meet nowhere, and a batch script that thinks it is many."""
+"""Prevents: ranks that take each other's number or GPU or meet nowhere, a batch script that thinks it is many, and
+ranks that crowd a node's cores, or leave them idle, against the user's word."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
 
 import pytest
+import torch
 
-from gloria.dist.environment import Environment, check_rendezvous, read_environment
+from gloria.dist.environment import Environment, check_rendezvous, omp_threads_are_torchruns, read_environment
+from gloria.dist.process import set_cpu_threads
 from gloria.errors import UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -144,3 +148,66 @@ def test_a_port_in_use_is_one_line_from_rank_0_under_srun(environ):
 
 def test_alone_needs_no_address(environ):
     check_rendezvous(Environment(0, 1, 0, 1, "python"))
+
+
+# --- threads
+
+
+@pytest.fixture
+def on_this_node(environ, monkeypatch):
+    """`on_this_node(launcher, ranks, cores, agent, **variables)`: threads of a rank, and the words it is told in.
+
+    `agent` is what torchrun itself, the ranks' parent, was started with.
+    """
+    agents = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def threads(launcher: str, ranks: int, cores: int, agent: dict[str, str], **variables: str) -> tuple[int, str]:
+        command = [
+            "sh",
+            "-c",
+            "echo ready; exec sleep 60",
+        ]  # before that the kernel may have no environment to show yet
+        agents.append(subprocess.Popen(command, env={"PATH": os.environ["PATH"], **agent}, stdout=subprocess.PIPE))
+        assert agents[-1].stdout.readline() == b"ready\n"
+        chosen = []
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            patch.setattr(os, "getppid", lambda: agents[-1].pid)
+            patch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+            patch.setattr(torch, "set_num_threads", chosen.append)
+            told = set_cpu_threads(Environment(0, ranks, 0, ranks, launcher))
+        return (chosen or [0])[0], told  # 0: torch has taken OMP_NUM_THREADS already
+
+    yield threads
+    for process in agents:
+        process.kill()
+        process.communicate()
+
+
+def test_ranks_share_the_cores_of_their_node(on_this_node):
+    assert on_this_node("python", 1, 8, {}) == (8, "8 cores, 1 rank on this node")
+    assert on_this_node("srun", 3, 8, {}) == (2, "8 cores, 3 ranks on this node")
+    assert on_this_node("torchrun", 16, 8, {}, OMP_NUM_THREADS="1") == (1, "8 cores, 16 ranks on this node")
+
+
+def test_what_torchrun_sets_is_not_the_users_word_and_what_the_user_sets_is(on_this_node):
+    shared, obeyed = (4, "8 cores, 2 ranks on this node"), (0, "OMP_NUM_THREADS is 1")
+    assert on_this_node("torchrun", 2, 8, {}, OMP_NUM_THREADS="1") == shared
+    assert on_this_node("torchrun", 2, 8, {"OMP_NUM_THREADS": "1"}, OMP_NUM_THREADS="1") == obeyed
+    assert on_this_node("torchrun", 1, 8, {}, OMP_NUM_THREADS="1") == obeyed, "torchrun sets it for several ranks only"
+    assert on_this_node("srun", 2, 8, {}, OMP_NUM_THREADS="1") == obeyed
+    assert on_this_node("torchrun", 2, 8, {}, OMP_NUM_THREADS="3") == (0, "OMP_NUM_THREADS is 3")
+
+
+def test_where_torchruns_own_environment_is_hidden_a_1_is_taken_for_its(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(os, "getppid", lambda: 2**31)
+    assert omp_threads_are_torchruns(Environment(0, 2, 0, 2, "torchrun"))
+
+
+def test_cores_that_srun_has_bound_to_a_rank_are_not_shared_again(on_this_node):
+    told = on_this_node("srun", 2, 4, {}, SLURM_CPUS_PER_TASK="4")
+    assert told == (4, "SLURM_CPUS_PER_TASK is 4")
+    assert on_this_node("torchrun", 2, 4, {}, SLURM_CPUS_PER_TASK="4") == (2, "4 cores, 2 ranks on this node")

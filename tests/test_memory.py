@@ -26,6 +26,10 @@ MEASURED = {
         | {"train.activation_checkpointing": "selective", "train.global_batch": 12, "model.window_size": 48}
         | {"data.mask_documents": "true"},
     ),
+    "gpt-neo, bf16": (
+        1,
+        NEO | SMALL | {"train.precision": "bf16", "train.global_batch": 4, "model.window_size": 32},
+    ),
     "gpt-neo, two ranks": (2, NEO | SMALL | {"train.global_batch": 24, "model.window_size": 32}),
 }
 

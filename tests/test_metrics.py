@@ -277,7 +277,9 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path, capsys: pytest.Captur
     ],
 )
 def test_a_card_has_its_own_peak_or_none(card: str, peak: float | None) -> None:
-    assert peak_flops(card) == peak
+    assert peak_flops(card, "bf16") == peak_flops(card, "fp16") == peak
+    if peak:
+        assert peak_flops(card, "fp32") < peak
 
 
 def test_numbers_are_short_and_perplexity_never_raises() -> None:

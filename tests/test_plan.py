@@ -115,8 +115,29 @@ def test_with_a_corpus_the_plan_knows_its_epochs(sample_corpus: Path, capsys: py
     captured = capsys.readouterr()
     assert "source       cartas: share 0.2000, " in captured.out
     assert "unknown" not in captured.out
-    assert "(fp32 dense; T4 data sheet)" in captured.out, "T4 has no bf16, and auto is fp32 there"
+    assert "\nprecision    fp16: T4 has no bf16\n" in captured.out
+    assert "2 x T4 at 40 % of 65 TFLOP/s (16-bit dense; T4 data sheet)" in captured.out
     assert captured.err.startswith("warning: up to ")
+
+
+def test_the_precision_is_the_best_the_card_has_or_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan_of(card: str, precision: str) -> dict[str, str]:
+        flags = ("--gpus", card, "--data.corpus", "nowhere", "--train.precision", precision)
+        return told(capsys, "--config", "launch/gpt2-124m.toml", *flags)
+
+    auto = {card: plan_of(card, "auto") for card in ("V100-32GB", "T4", "A100-40GB")}
+    assert [lines["precision"] for lines in auto.values()] == [
+        "precision    fp16: V100-32GB has no bf16",
+        "precision    fp16: T4 has no bf16",
+        "precision    bf16: A100-40GB has it",
+    ]
+    assert "at 40 % of 125 TFLOP/s (16-bit dense; V100 data sheet, SXM2)" in auto["V100-32GB"]["time"]
+    fp16, fp32 = (plan_of("V100-32GB", precision) for precision in ("fp16", "fp32"))
+    assert "precision" not in fp16, "the recipe says it"
+    for line in ("memory", "time", "network"):
+        assert fp16[line] == auto["V100-32GB"][line] != fp32[line]
+    assert fp16["memory"] == auto["A100-40GB"]["memory"], "16 bits are 16 bits"
+    assert "at 40 % of 15.7 TFLOP/s (fp32 dense" in fp32["time"]
 
 
 def test_this_machine_is_planned_for_without_a_gpu(
@@ -138,7 +159,7 @@ def test_gpus_of_this_machine(name, count, card, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     found, here = gpus_here()
     assert (found, here.name, here.memory) == (count, card or name, 40960)
-    assert (here.peak is None) == (card is None)
+    assert (here.peak("bf16") is None) == (card is None)
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert gpus_here() is None
 
@@ -157,7 +178,7 @@ def test_gpus_of_this_machine(name, count, card, tmp_path: Path, monkeypatch: py
         ),
         (
             ["--gpus", "T4", "--train.precision", "bf16", "--data.corpus", "nowhere"],
-            "--train.precision: T4 has no bf16; set it to auto or fp32",
+            "--train.precision: T4 has no bf16; set it to auto, fp16 or fp32",
         ),
         (
             ["--gpus", "T4", "--train.epochs", "2", "--data.corpus", "nowhere"],

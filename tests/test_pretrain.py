@@ -185,6 +185,22 @@ def test_dry_run_prints_the_recipe_and_the_plan_and_leaves_nothing(recipe, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_knows_the_precision_of_the_card_that_is_here(recipe, tmp_path, monkeypatch, capsys):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho Tesla T4, 15360\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for options, line in (
+        ({"train.precision": "auto"}, "fp16: T4 has no bf16"),
+        ({"train.precision": "auto", "run.device": "cpu"}, "fp32: no GPU is used"),
+        ({"train.precision": "fp32"}, "fp32: as the recipe has it"),
+    ):
+        assert main([*flags(recipe | options), "--dry-run"]) == 0
+        assert f"\nprecision   {line}\n" in capsys.readouterr().out
+    assert run_command(main, [*flags(recipe | {"train.precision": "bf16"}), "--dry-run"]) == 2
+    assert capsys.readouterr().err == "error: --train.precision: T4 has no bf16; set it to auto, fp16 or fp32\n"
+
+
 def test_starting_from_a_hugging_face_folder_and_precision_bf16(recipe, tmp_path):
     """Exported, and taken up again: the first loss is the last run's next one, not that of random weights."""
     from gloria.export import main as export

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from gloria.errors import UserError
 
@@ -59,6 +60,22 @@ def read_environment() -> Environment:
         os.environ.setdefault("MASTER_PORT", str(20000 + int(get("SLURM_JOB_ID", "0")) % 12000))
         return environment
     return Environment(rank=0, world=1, local_rank=0, local_world=1, launcher="python")
+
+
+def omp_threads_are_torchruns(environment: Environment) -> bool:
+    """Whether OMP_NUM_THREADS=1 is torchrun's, which sets it for several ranks on a node where the user has not.
+
+    What the user has set is in the environment that torchrun, our parent, was started with. Where that can't be read,
+    a 1 is taken for torchrun's.
+    """
+    several = environment.launcher == "torchrun" and environment.local_world > 1
+    if not several or os.environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        begun_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in begun_with)
 
 
 def check_rendezvous(environment: Environment) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from gloria.dist.environment import Environment, check_rendezvous, read_environment
+from gloria.dist.environment import Environment, check_rendezvous, omp_threads_are_torchruns, read_environment
 from gloria.errors import UserError
 
 
@@ -44,7 +44,9 @@ def start_process_group(device: str, timeout_minutes: float) -> Process:
         backend = "cpu:gloo,cuda:nccl"
     else:
         target = torch.device("cpu")
-        set_cpu_threads(environment)
+        why = set_cpu_threads(environment)
+        if environment.rank == 0:
+            print(f"{'threads':<11} {torch.get_num_threads()} a rank: {why}", flush=True)
         backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that torch remembers, for dist.watch to write
@@ -72,15 +74,17 @@ def choose_device(device: str, environment: Environment) -> str:
     return "cuda"
 
 
-def set_cpu_threads(environment: Environment) -> None:
-    """Share the node's cores among its ranks, unless the user has set OMP_NUM_THREADS.
-
-    torchrun puts OMP_NUM_THREADS=1 where it is not set, so under torchrun a 1 is not the user's word.
-    """
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    if chosen and not (environment.launcher == "torchrun" and chosen == "1"):
-        return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world))
+def set_cpu_threads(environment: Environment) -> str:
+    """Give this rank its share of the node's cores, unless the user has set OMP_NUM_THREADS; says by what rule."""
+    if os.environ.get("OMP_NUM_THREADS") and not omp_threads_are_torchruns(environment):
+        return f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}"
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "") if environment.launcher == "srun" else ""
+    if own.isdigit():  # what srun binds a rank to is its own already, and not to be shared again
+        torch.set_num_threads(int(own))
+        return f"SLURM_CPUS_PER_TASK is {own}"
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // environment.local_world))
+    return f"{cores} cores, {environment.local_world} {'ranks' if environment.local_world > 1 else 'rank'} on this node"
 
 
 def agree(process: Process, decide: Callable[[], int]) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from gloria.dist.process import Process
+from gloria.cards import resolve_precision
+from gloria.dist.process import Process, on_any_rank
 from gloria.dist.state import model_state_dict
 from gloria.errors import UserError
 from gloria.model import Transformer
@@ -34,11 +35,25 @@ def build_mesh(process: Process, replicas: int) -> DeviceMesh:
     )
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """`bf16` or `fp32`: what was asked, or for `auto` bf16 on a card that has it and fp32 elsewhere."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+def precision_and_reason(precision: str, device: torch.device) -> tuple[str, str]:
+    """The precision (what was asked, or for `auto` the best that the cards of all ranks have), and why, in words.
+
+    Every rank calls this, and gets the same answer. Raises UserError for bf16 on a card without it.
+    """
+    if device.type != "cuda":
+        return resolve_precision(precision, None)
+    has = torch.cuda.is_bf16_supported(including_emulation=False)
+    without = on_any_rank(not has)
+    name = "the card of another rank" if without and has else torch.cuda.get_device_name(device)
+    return resolve_precision(precision, name, has_bf16=not without)
+
+
+def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    """What FSDP2 is to compute with; weights and the sum of gradients over the ranks stay fp32."""
+    if precision == "fp32":
+        return MixedPrecisionPolicy()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
 def shard_model(
@@ -61,9 +76,7 @@ def shard_model(
     """
     with torch.device("meta"):
         model = Transformer(shape, activation_checkpointing=activation_checkpointing)
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = mixed_precision(precision)
     for block in model.transformer.h:
         if compile_blocks:
             block.compile()
@@ -109,7 +122,10 @@ def gradient_square_sum(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
 
 
 def clip_coefficient(grad_norm: Tensor, clip_norm: float) -> Tensor:
-    """What the gradients are to be multiplied by so that their global norm is at most `clip_norm`: a device scalar."""
+    """What the gradients are to be multiplied by so that their global norm is at most `clip_norm`: a device scalar.
+
+    Of gradients under a loss scale `grad_norm` is the unscaled one, and this is to be divided by the scale.
+    """
     return (clip_norm / (grad_norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 

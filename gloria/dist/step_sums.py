@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Squared gradient norm, then the flags summed over ranks, then the verdict (`judge`); loss and rows by source follow.
-_FLAGS, _VERDICT, _FIXED = slice(1, 5), 5, 6
-_NOT_FINITE, _SPIKE = 1.0, 2.0  # verdicts; 0: applied
+from gloria.dist.loss_scale import LEAST
+
+# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`judge`); loss and rows by source.
+_FLAGS, _VERDICT, _SCALE, _FIXED = slice(1, 5), 5, 6, 7
+_NOT_FINITE, _SPIKE, _OVERFLOW = 1.0, 2.0, 3.0  # verdicts; 0: applied
 
 SPIKE_WINDOW = 100  # steps that the running gradient norm looks back, and that must be seen before it judges
 
@@ -36,6 +38,8 @@ class StepSums:
     grad_norm: float
     finite: bool  # gradient and loss are
     spike: bool  # finite, and left out for its gradient norm
+    overflow: bool  # in fp16: the loss is finite and its gradient was not, under this loss scale
+    loss_scale: float  # that the gradient was computed under; 0 where none is used
     source_loss: np.ndarray  # (sources,) sum of token losses
     source_rows: np.ndarray  # (sources,) windows
     stop_wishes: int  # ranks that want to stop
@@ -72,17 +76,32 @@ def new_running_norm(device: torch.device) -> Tensor:
 
 
 def judge(
-    sums: Tensor, num_sources: int, running: Tensor | None = None, deviations: float = 0.0
+    sums: Tensor,
+    num_sources: int,
+    running: Tensor | None = None,
+    deviations: float = 0.0,
+    loss_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The global gradient norm, and whether the update is applied: device scalars, the same on all ranks.
 
     It is where norm and loss are finite and, with `running` (which is brought up to date), the norm is at most
     `deviations` standard deviations above its running mean. What is left out does not count in the mean. The verdict
     goes into the reduced `sums`, for the host to read later: nothing here waits for the device.
+
+    `loss_scale` is that of `gloria.dist.loss_scale` where gradients are scaled; the norm is the unscaled one. Under a
+    scale that can still be halved, a gradient that is not finite beside a loss that is counts as an overflow of the
+    scale, and not against the batch.
     """
+    if loss_scale is not None:
+        sums[_SCALE] = loss_scale[0]
+        sums[0] /= sums[_SCALE].square()
     grad_norm = sums[0].sqrt()
-    good = torch.isfinite(grad_norm + sums[_FIXED : _FIXED + num_sources].sum())
+    loss = sums[_FIXED : _FIXED + num_sources].sum()
+    good = torch.isfinite(grad_norm + loss)
     sums[_VERDICT] = _NOT_FINITE * ~good
+    if loss_scale is not None:
+        overflow = ~good & torch.isfinite(loss) & (loss_scale[0] > LEAST)
+        sums[_VERDICT] += (_OVERFLOW - _NOT_FINITE) * overflow
     if running is None:
         return grad_norm, good
     count, mean, variance = running
@@ -97,14 +116,21 @@ def judge(
     return grad_norm, good
 
 
+def overflowed(sums: Tensor) -> Tensor:
+    """Whether the judged step is an overflow of the loss scale: a device scalar, the same on all ranks."""
+    return sums[_VERDICT] == _OVERFLOW
+
+
 def unpack_sums(sums: Tensor, num_sources: int) -> StepSums:
     """Read the judged tensor on the host. This waits for the device: call it after the next step is queued."""
     values = sums.cpu().numpy()
     stop_wishes, saves_done, saves_failed, claims_lost = (int(count) for count in values[_FLAGS])
     return StepSums(
         grad_norm=float(np.sqrt(values[0])),
-        finite=values[_VERDICT] != _NOT_FINITE,
+        finite=values[_VERDICT] not in (_NOT_FINITE, _OVERFLOW),
         spike=values[_VERDICT] == _SPIKE,
+        overflow=values[_VERDICT] == _OVERFLOW,
+        loss_scale=float(values[_SCALE]),
         source_loss=values[_FIXED : _FIXED + num_sources],
         source_rows=values[_FIXED + num_sources :].astype(np.int64),
         stop_wishes=stop_wishes,

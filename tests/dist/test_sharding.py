@@ -3,8 +3,6 @@ divide factor set on the root module alone), and a gradient norm that the shards
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from gloria.dist.process import Process
 from gloria.dist.sharding import (
     all_reduce_sums,
     build_mesh,
-    choose_precision,
     clip_coefficient,
     fill_parameters,
     gradient_square_sum,
@@ -224,8 +221,3 @@ def test_replicas_must_divide_the_ranks():
     process = Process(0, 4, torch.device("cpu"))
     with pytest.raises(UserError, match=r"^dist\.replicas: 3 does not divide the 4 ranks; choose a divisor of 4$"):
         build_mesh(process, 3)
-
-
-def test_precision_auto_is_fp32_on_a_cpu():
-    assert choose_precision("auto", SimpleNamespace(type="cpu")) == "fp32"
-    assert choose_precision("bf16", SimpleNamespace(type="cpu")) == "bf16"

@@ -148,6 +148,7 @@ def test_a_rank_that_dies_after_sigterm_ends_the_others_at_once_without_a_save(r
     options = flags(recipe, train__steps=5000, checkpoint__every=10, run__dir=tmp_path / "run")
     under_way = launch.start(options, 2, tmp_path, prepare=_rank_1_dies_of_sigterm)
     launch.wait_for_step(tmp_path / "run", 12, under_way)
+    launch.wait_for_step(tmp_path / "run", 10, under_way, event="checkpoint")
     under_way.signal(signal.SIGTERM, rank=0)
     under_way.signal(signal.SIGTERM, rank=1)
     assert under_way.wait() == [0, -signal.SIGTERM], under_way.text()

@@ -1,0 +1,34 @@
+"""Loss scaling for fp16, whose smallest numbers are far above small gradients (Micikevicius et al., arXiv 1710.03740).
+
+The loss is multiplied by a scale before backward and the gradients are divided by it before they are used. The scale
+is found by trying: it is doubled after many good steps, and halved when a gradient overflows, whose step is left out.
+Start, factors and interval are those of torch's GradScaler, which cannot tell an overflow from a bad batch and asks
+the host in every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+START, LEAST, FACTOR = 2.0**16, 1.0, 2.0
+PATIENCE = 2000  # good steps in a row before the scale grows
+
+
+def new_loss_scale(device: torch.device) -> Tensor:
+    """(scale, steps since the last overflow or growth), float32 on the device."""
+    return torch.tensor([START, 0.0], dtype=torch.float32, device=device)
+
+
+@torch.no_grad()
+def adjust(loss_scale: Tensor, finite: Tensor) -> None:
+    """Bring the scale up to date behind a step, in place, from a device scalar that is equal on all ranks.
+
+    Halved, but not under 1, where `finite` is false; doubled after 2000 finite steps in a row. All factors are powers
+    of two, so scaling rounds nothing that fp16 can hold. Nothing here waits for the device.
+    """
+    scale, steps = loss_scale
+    grows = finite & (steps + 1 >= PATIENCE)
+    factor = torch.where(finite, 1 + grows * (FACTOR - 1), 1 / FACTOR)
+    after = torch.stack([(scale * factor).clamp(min=LEAST), (steps + 1) * (finite & ~grows)])
+    loss_scale.copy_(after)
