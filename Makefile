@@ -54,12 +54,13 @@ corpus: $(READY) ## token shards from a corpus recipe: RECIPE=corpus.toml
 pretrain: $(READY) ## pre-train on this machine: CONFIG=launch/gloria-1.3b.toml NPROC=4 ARGS="--train.steps 100"
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.pretrain --config $(CONFIG) $(ARGS)
 
-finetune: $(READY) ## fine-tune on a task: TASK=assin2 MODEL=models/demo DATA=folder ARGS="--train.epochs 3"
+finetune: $(READY) ## fine-tune on a task: TASK=assin2 MODEL=models/demo DATA=folder (else a small sample) ARGS="--train.epochs 3"
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.finetune --task $(TASK) --model $(MODEL) \
 		$(if $(DATA),--data $(DATA)) --run.dir runs/$(TASK)-$(notdir $(MODEL:/=)) $(ARGS)
 
-evaluate: $(READY) ## score a model on tasks: TASK=calame MODEL=models/demo DATA=folder
-	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.evaluate --task $(TASK) --model $(MODEL) $(if $(DATA),--data $(DATA)) $(ARGS)
+evaluate: $(READY) ## score a model on tasks: TASK=calame MODEL=models/demo DATA=folder, or each checkpoint of WATCH=runs/demo
+	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.evaluate --task $(TASK) \
+		$(if $(WATCH),--watch $(WATCH),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 tensorboard: $(READY) ## curves of a run in the browser: RUN=runs/demo
 	$(VENV)/bin/tensorboard --logdir $(RUN)/tensorboard

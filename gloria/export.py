@@ -1,28 +1,36 @@
-"""Turn a checkpoint of a run into a Hugging Face folder.
+"""Turn a checkpoint of a run into a Hugging Face folder, or a fine-tuned model into a class of transformers.
 
     python -m gloria.export --run runs/demo --out models/demo [--step 1000] [--dtype bfloat16]
+    python -m gloria.export --tuned runs/assin2-entailment/model --out models/assin2
 
-One process, no process group, whatever number of ranks saved the checkpoint; at most a few GB of memory.
+One process, no process group, whatever number of ranks saved the checkpoint; at most a few GB of memory for a run, two
+whole models for a fine-tuned one, whose logits are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
-from gloria.errors import run_command
+from gloria.errors import UserError, run_command
 from gloria.hf import DTYPES, write_folder
 from gloria.model_config import ModelShape, count_parameters
 from gloria.options import argument_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser("python -m gloria.export", "Turn a checkpoint of a run into a Hugging Face folder.")
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser = argument_parser("python -m gloria.export", "Turn a run or a fine-tuned model into a Hugging Face folder.")
+    parser.add_argument("--run", type=Path, help="the run's folder")
+    parser.add_argument("--tuned", type=Path, help="instead: a fine-tuned model with one head, or its run")
     parser.add_argument("--step", type=int, help="of which step; by default the newest checkpoint that is whole")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not be there yet")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="how the weights are stored")
     arguments = parser.parse_args(argv)
+    if arguments.tuned:
+        return export_tuned(arguments)
+    if not arguments.run:
+        raise UserError("--run: is missing; give a run's folder, or --tuned with a fine-tuned model's")
 
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     shape = ModelShape.from_dict(read_trainer(checkpoint)["model"])
@@ -30,6 +38,31 @@ def main(argv: list[str] | None = None) -> int:
     write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", arguments.dtype)
     total = count_parameters(shape)["total"]
     print(f"{arguments.out}: {total:,} parameters ({arguments.dtype}) from {checkpoint}")
+    return 0
+
+
+def export_tuned(arguments: argparse.Namespace) -> int:
+    """A fine-tuned model as the class of transformers that has its head."""
+    # transformers' models take seconds to import, and a run's export has no use for them.
+    from gloria.tasks.export import export_head
+    from gloria.tasks.tuned import is_tuned
+
+    if arguments.run:
+        raise UserError("--tuned: stands for a model of its own beside --run; give one of them")
+    if arguments.step is not None:
+        raise UserError("--step: is for --run; leave it out")
+    if arguments.dtype != "float32":
+        raise UserError(f"--dtype: {arguments.dtype} is for --run, a fine-tuned model stays float32; leave it out")
+    if arguments.out.exists():
+        raise UserError(f"--out: {arguments.out} is already there; give another folder or remove it")
+    folder = next((path for path in (arguments.tuned, arguments.tuned / "model") if is_tuned(path)), None)
+    if folder is None:
+        raise UserError(f"--tuned: {arguments.tuned} holds no task.json; give the folder that a fine-tuning wrote")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    told = export_head(folder, arguments.out)
+    if not arguments.out.exists():
+        raise UserError(f"--tuned: {folder} cannot be exported ({told.removeprefix('none: ')}); use it with gloria")
+    print(told)
     return 0
 
 

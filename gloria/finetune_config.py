@@ -19,6 +19,7 @@ from gloria.optim.config import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
 from gloria.options import option, parse
 
+DEMO_MODEL = "models/demo"
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
 
@@ -32,6 +33,9 @@ class RunSection:
     )
     resume: Literal["auto", "never"] = option(
         "auto", "auto goes on from the newest whole checkpoint; never wants a folder without a run"
+    )
+    max_minutes: float | None = option(
+        None, "minutes after its start at which a launch saves and stops, to go on in the next one", above=0
     )
     deterministic: bool = option(
         False, "on CUDA, too, the same bits in every run, by slower kernels (CPU always has them)"
@@ -59,8 +63,18 @@ class TrainSection:
     )
     precision: str = option(
         "auto",
-        "of the matrix products: auto is bf16 on GPU and fp32 on CPU; weights and state stay fp32",
-        choices=("auto", "fp32", "bf16"),
+        "of the matrix products: auto is bf16 on a GPU that has it, fp16 (with its loss scaled) on an older one, "
+        "fp32 on CPU; weights and state stay fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    activation_checkpointing: str = option(
+        "none",
+        "what the backward pass computes again instead of keeping it: full takes the least memory and a third more "
+        "time, selective (of GPT-2 and GPT-Neo) keeps the matrix products",
+        choices=("none", "full", "selective"),
+    )
+    compile: Literal["auto", True, False] = option(
+        "auto", "torch.compile each layer: faster steps after slow first ones; auto does on GPU only"
     )
     clip_norm: float = option(1.0, "gradients with a greater global norm are scaled down to it", above=0)
     max_skips: int = option(
@@ -84,6 +98,14 @@ class SaveSection:
 
     every: int = option(0, "steps from one checkpoint to the next; 0: at each evaluation", minimum=0)
     keep: int = option(2, "newest checkpoints kept; at least 2, so that a damaged one is not the end", minimum=2)
+    keep_every: int = option(
+        0, "steps; checkpoints at multiples of it are kept for good (0: none), to look back at a run", minimum=0
+    )
+    asynchronous: bool = option(
+        True,
+        "write in the background while training goes on, for a second copy of a rank's weights and optimizer state "
+        "in host memory; false waits for the disk, without it",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,8 +113,6 @@ class FinetuneConfig:
     """All that a fine-tuning is told."""
 
     task: str = option(help="what to train on; gloria.evaluate --help lists the tasks")
-    model: str = option(help="a run, one of its checkpoints, or a Hugging Face folder of any family")
-    data: str = option(help="folder of the task's files")
     run: RunSection
     train: TrainSection
     eval: EvalSection
@@ -101,6 +121,10 @@ class FinetuneConfig:
     schedule: ScheduleConfig
     checkpoint: SaveSection
     log: LogConfig
+    model: str = option(
+        DEMO_MODEL, "a run, one of its checkpoints, or a Hugging Face folder of any family; the default is the demo's"
+    )
+    data: str | None = option(None, "folder of the task's files; default: a small sample that comes with gloria")
     where: str = field(default="recipe", compare=False, repr=False, metadata=NO_KEY)
 
 

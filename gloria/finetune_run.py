@@ -11,23 +11,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import gloria
-from gloria.dist.checkpoint import begin_save, checkpoint_bytes, finish
+from gloria.dist.agreement import require_same, require_same_recipe, require_shared
+from gloria.dist.checkpoint import Save, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
+from gloria.dist.loss_scale import new_loss_scale
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.process import Process, agree
-from gloria.dist.retention import check_free_space, prune
-from gloria.dist.sharding import build_mesh, choose_precision
+from gloria.dist.process import Process, agree, on_any_rank
+from gloria.dist.retention import check_free_space
+from gloria.dist.sharding import build_mesh, precision_and_reason
+from gloria.dist.signals import stop_reason
 from gloria.dist.state import (
+    Shard,
     load_model_state_dict,
     load_optimizer_state_dict,
     model_state_dict,
     optimizer_state_dict,
-    rng_state_dict,
 )
-from gloria.dist.status import Claim, claim_run, write_status
+from gloria.dist.status import LOCK, Claim, claim_run, read_status, release_run, write_status
+from gloria.dist.watch import Watch, start_watch
 from gloria.errors import UserError
 from gloria.fields import flatten
 from gloria.finetune_config import FinetuneConfig
@@ -38,38 +43,35 @@ from gloria.options import to_mapping
 from gloria.resume import choose_step
 from gloria.tasks.backbones import load_model
 from gloria.tasks.catalog import Task
-from gloria.tasks.encode import Row
+from gloria.tasks.encode import Encoded, Row
 from gloria.tasks.examples import Example
 from gloria.tasks.heads import SCORE, TaskModel, count_parameters, initialise_heads, shard_task_model
 from gloria.tasks.tuned import Inputs, Tuned, encode, task_heads
 
 # Of the recipe, what may change between two launches of a run.
-_FREE = ("log.", "checkpoint.", "dist.", "run.", "train.micro_batch", "eval.batch")
+_FREE = (
+    *("log.", "checkpoint.", "dist.", "run.", "eval.batch"),
+    *("train.micro_batch", "train.activation_checkpointing", "train.compile"),
+)
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step's sums over all ranks, on the host."""
+class Plan:
+    """What a fine-tuning is about: its recipe, its task, the task's files, and the examples of two of its sets."""
 
-    lr: float
-    grad_norm: float
-    loss: float  # sum over the rows
-    rows: int
-    wishes: int  # ranks that want to stop
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def finite(self) -> bool:
-        """Whether the weights were updated."""
-        return math.isfinite(self.grad_norm + self.loss)
+    config: FinetuneConfig
+    task: Task
+    folder: Path
+    train: list[Example]
+    selection: list[Example]  # those that choose the model
 
 
 @dataclass
 class Run:
-    """What the loop works with."""
+    """What the loop works with. Equal on all ranks but for the shards, the rank and what rank 0 alone holds."""
 
     config: FinetuneConfig
+    plan: Plan
     seed: int
     process: Process
     mesh: DeviceMesh
@@ -77,17 +79,23 @@ class Run:
     tuned: Tuned
     optimizer: torch.optim.Optimizer
     rows: list[Row]
-    selection: list[Example]
+    fingerprint: str  # of the rows
     total_steps: int
     launch: str
-    claim: Claim | None = None
-    log: RunLog | None = None
+    watch: Watch  # over this rank's progress
+    loss_scale: Tensor | None = None  # of fp16; see dist.loss_scale
+    claim: Claim | None = None  # rank 0's hold on the run folder
+    log: RunLog | None = None  # rank 0's
+    loader: None = None  # the rows are in memory
+    first_step: int = 0  # steps that were done when this launch took over
     step: int = 0
     tokens: int = 0
     skips_in_a_row: int = 0
     best: dict[str, Any] = field(default_factory=dict)  # step and scores of the best model so far
+    save: Save | None = None  # under way in the background
     saved_step: int = 0
-    since: list[Step] = field(default_factory=list)  # steps since the last line of the log
+    staging: dict[str, Tensor] = field(default_factory=dict)  # host memory of background saves
+    since: list[Any] = field(default_factory=list)  # steps since the last line of the log
     epoch: tuple[int, list[list[int]]] = (-1, [])  # the epoch that is being read, and its batches
 
     @property
@@ -96,101 +104,158 @@ class Run:
         return -(-len(self.rows) // self.config.train.global_batch)
 
 
-def open_run(
-    config: FinetuneConfig,
-    task: Task,
-    train: list[Example],
-    selection: list[Example],
-    seed: int,
-    folder: Path,
-    process: Process,
-    claims: list[Claim],
-) -> Run:
+def open_run(plan: Plan, seed: int, folder: Path, process: Process) -> Run:
     """Claim the folder, load and shard the model, encode the examples, go on from the newest checkpoint."""
-    launch = f"{agree(process, lambda: secrets.randbits(40)):010x}"
+    dist = plan.config.dist
+    logs = Path(plan.config.run.dir) / "logs"
+    watch = Watch(logs, process.rank, process.world, 60 * dist.timeout_minutes, 60 * dist.step_timeout_minutes)
+    start_watch(watch)
+    try:
+        return _open_run(plan, seed, folder, process, watch)
+    except BaseException:
+        watch.ended.set()
+        if watch.claim:
+            release_run(watch.claim)
+        raise
+
+
+def close_run(run: Run, status: str, reason: str = "") -> None:
+    """Write the run's last status and let go of its folder; the process group stays, for the next seed."""
+    if run.log and not (run.claim and run.claim.lost):
+        run.log.event(run.step, status, **({"reason": reason} if reason else {}))
+        run.log.close()
+    if run.claim:
+        write_status(run.claim, status, run.step, reason)
+        release_run(run.claim)
+    run.watch.ended.set()
+
+
+def mark_done(folder: Path) -> int:
+    """For rank 0: a run with results is done, also where its launch was killed before it could say so. Always 0."""
+    before = read_status(folder)
+    if before.status != "done":
+        claim = claim_run(folder, before.launch)
+        write_status(claim, "done", before.step)
+        release_run(claim)
+    return 0
+
+
+def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watch) -> Run:
+    config, train = plan.config, plan.config.train
+    watch.launch = f"{agree(process, lambda: secrets.randbits(40)):010x}"
 
     def claim_and_choose() -> int:
-        claims.append(claim_run(folder, launch))
-        return choose_step(folder, config.run.resume, launch)
+        watch.claim = claim_run(folder, watch.launch)
+        return choose_step(folder, config.run.resume, watch.launch)
 
     resume_step = agree(process, claim_and_choose)
+    if on_any_rank(bool(stop_reason())):  # before the minutes that a large model takes to load
+        if watch.claim:
+            write_status(watch.claim, "stopped", resume_step, stop_reason() or "asked to stop")
+        raise SystemExit(0)
     mesh = build_mesh(process, config.dist.replicas)
-    torch.manual_seed(seed)  # weights that a folder lacks (BERT's pooler) start at random
-    loaded = load_model(config.model)
-    heads = task_heads(task)
-    length = config.train.max_length
-    if loaded.max_length is not None and loaded.max_length < length:
-        say(process, f"train.max_length: {length} is more than the model sees; {loaded.max_length} it is")
-        length = loaded.max_length
-    inputs = Inputs(
-        task=task.name,
-        labels=task.labels,
-        heads=heads,
-        max_length=length,
-        stride=config.train.stride,
-        max_answer_tokens=config.train.max_answer_tokens,
-        no_answer=any(getattr(example, "impossible", False) for example in train),
-    )
-    model = TaskModel(loaded.backbone, heads, config.train.dropout)
-    tuned = Tuned(loaded.source, model, loaded.tokenizer, inputs)
-    encoded = encode(tuned, train, training=True)
-    if bare := [train[row.example].id for row in encoded.rows if row.targets.keys() != heads.keys()]:
-        raise UserError(
-            f'{config.data}: {len(bare)} training examples have no label, "{bare[0]}" first; leave them out'
-        )
-    scores = [row.targets[SCORE] for row in encoded.rows if SCORE in heads]
-    initialise_heads(model, seed, float(np.mean(scores)) if scores else 0.0)
-    model.to(process.device)
-    shard_task_model(model, mesh, choose_precision(config.train.precision, process.device)).train()
-    batches = -(-len(encoded.rows) // config.train.global_batch)
-    total_steps = config.train.steps or math.ceil(config.train.epochs * batches)
+    precision, why = precision_and_reason(train.precision, process.device)
+    require_same_recipe(process, config, precision=precision)
+    require_shared(process, folder / LOCK, watch.launch)
+    tuned, encoded, cut = _prepare(plan, seed)
+    fingerprint = _fingerprint(encoded.rows)
+    require_same(process, {f"{plan.folder}: training rows": fingerprint})
+    tuned.model.to(process.device)
+    shard_task_model(
+        tuned.model,
+        mesh,
+        precision,
+        activation_checkpointing=train.activation_checkpointing,
+        compile_blocks=process.device.type == "cuda" if train.compile == "auto" else train.compile,
+    ).train()
+    batches = -(-len(encoded.rows) // train.global_batch)
+    total_steps = train.steps or math.ceil(train.epochs * batches)
     if problems := [f"{keys[0]}: {what}" for keys, what in schedules.problems(config.schedule, total_steps)]:
         raise UserError(*problems)
+    if precision == "fp16":
+        # Partial sums of a product would be kept in fp16, where they can overflow; bf16 has the range for it.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     run = Run(
         config=config,
+        plan=plan,
         seed=seed,
         process=process,
         mesh=mesh,
         folder=folder,
         tuned=tuned,
-        optimizer=build_optimizer(config.optim, model.named_parameters()),
+        optimizer=build_optimizer(config.optim, tuned.model.named_parameters()),
         rows=encoded.rows,
-        selection=selection,
+        fingerprint=fingerprint,
         total_steps=total_steps,
-        launch=launch,
-        claim=claims[0] if claims else None,
+        launch=watch.launch,
+        watch=watch,
+        loss_scale=new_loss_scale(process.device) if precision == "fp16" else None,
+        claim=watch.claim,
     )
     if resume_step:
         load_checkpoint(run, checkpoint_path(folder, resume_step))
-
-    def check_room() -> int:
-        check_free_space(folder, checkpoint_bytes(tensor_state(run)), config.checkpoint.keep)
-        if run.claim:
-            write_status(run.claim, "running", run.step)
-        return 0
-
-    agree(process, check_room)
+    agree(process, lambda: _prepare_folder(run))
     if process.is_main:
-        notes = [f"{encoded.truncated} longer than {length} tokens"]
-        if encoded.unanswerable:
-            notes.append(f"{encoded.unanswerable} left out, their answer is not in the context")
-        print(
-            f"task       {task.name}: {len(train)} examples, {len(encoded.rows)} rows ({'; '.join(notes)}); "
-            f"{len(selection)} examples choose the model by {task.selection}\n"
-            f"model      {loaded.source}: {count_parameters(model):,} parameters, heads {heads}\n"
-            f"lr         {schedules.describe(config.schedule, config.optim.lr, total_steps)}",
-            flush=True,
-        )
-        run.log = open_log(folder, run.step, total_steps, config.log, launch=launch, ranks=process.world, seed=seed)
+        print(*_about(run, encoded, cut, f"{precision}: {why}"), sep="\n", flush=True)
+        about = {"launch": run.launch, "ranks": process.world, "seed": seed}
+        run.log = open_log(folder, run.step, total_steps, config.log, **about)
     return run
 
 
-def say(process: Process, line: str) -> None:
-    if process.is_main:
-        print(line, flush=True)
+def _prepare(plan: Plan, seed: int) -> tuple[Tuned, Encoded, str]:
+    """The model with its heads, whole and on CPU; the rows to train on; what to say of a length that was cut."""
+    config, train, heads = plan.config, plan.config.train, task_heads(plan.task)
+    torch.manual_seed(seed)  # weights that a folder lacks (BERT's pooler) start at random
+    loaded = load_model(config.model)
+    length, cut = train.max_length, ""
+    if loaded.max_length is not None and loaded.max_length < length:
+        cut = f"train.max_length: {length} is more than the model sees; {loaded.max_length} it is"
+        length = loaded.max_length
+    inputs = Inputs(
+        task=plan.task.name,
+        labels=plan.task.labels,
+        heads=heads,
+        max_length=length,
+        stride=train.stride,
+        max_answer_tokens=train.max_answer_tokens,
+        no_answer=any(getattr(example, "impossible", False) for example in plan.train),
+    )
+    tuned = Tuned(loaded.source, TaskModel(loaded.backbone, heads, train.dropout), loaded.tokenizer, inputs)
+    encoded = encode(tuned, plan.train, training=True)
+    if not encoded.rows:
+        raise UserError(f"{plan.folder}: no answer of {len(plan.train)} questions is in its context; check the files")
+    scores = [row.targets[SCORE] for row in encoded.rows if SCORE in heads]
+    initialise_heads(tuned.model, seed, float(np.mean(scores)) if scores else 0.0)
+    return tuned, encoded, cut
 
 
-def tensor_state(run: Run) -> dict[str, Any]:
+def _prepare_folder(run: Run) -> int:
+    """For rank 0, before the first step: is there room for what will be saved."""
+    check_free_space(run.folder, checkpoint_bytes(tensor_state(run)), run.config.checkpoint.keep)
+    if run.claim:
+        write_status(run.claim, "running", run.step)
+    return 0
+
+
+def _about(run: Run, encoded: Encoded, cut: str, precision: str) -> list[str]:
+    """What a person should know before the first step."""
+    plan, inputs, model = run.plan, run.tuned.inputs, run.tuned.model
+    notes = [f"{encoded.truncated} longer than {inputs.max_length} tokens"]
+    if encoded.unanswerable:
+        notes.append(f"{encoded.unanswerable} left out, their answer is not in the context")
+    lines = [
+        f"task       {plan.task.name}: {len(plan.train)} examples, {len(run.rows)} rows ({'; '.join(notes)}); "
+        f"{len(plan.selection)} examples choose the model by {plan.task.selection}",
+        f"model      {run.tuned.source}: {count_parameters(model):,} parameters, heads {inputs.heads}",
+        f"lr         {schedules.describe(run.config.schedule, run.config.optim.lr, run.total_steps)}",
+        f"precision  {precision}",
+    ]
+    if not run.optimizer.defaults.get("fused"):
+        lines.append(f"optim.name: {run.config.optim.name} waits for the device once a step, to skip one not finite")
+    return [cut, *lines] if cut else lines
+
+
+def tensor_state(run: Run) -> dict[str, Shard]:
     """This rank's shards of model and optimizer."""
     return model_state_dict(run.tuned.model) | optimizer_state_dict(run.tuned.model, run.optimizer)
 
@@ -202,49 +267,31 @@ def trainer_state(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "tokens": run.tokens,
         "skips_in_a_row": run.skips_in_a_row,
+        "loss_scale": None if run.loss_scale is None else run.loss_scale.tolist(),
         "best": run.best,
-        "rows": _fingerprint(run.rows),
+        "rows": run.fingerprint,
         "total_steps": run.total_steps,
         "recipe": to_mapping(run.config),
         "versions": {"gloria": gloria.__version__, "torch": str(torch.__version__)},
     }
 
 
-def save_checkpoint(run: Run) -> None:
-    """Save all it takes to go on from this step, and let go of checkpoints that are no longer wanted."""
-    save = begin_save(
-        run.folder,
-        run.step,
-        tensor_state(run),
-        rng_state_dict(),
-        trainer_state(run),
-        rank=run.process.rank,
-        world=run.process.world,
-        launch=run.launch,
-        asynchronous=False,
-    )
-    if whole := finish(save):
-        run.saved_step = run.step
-    if run.log and whole:
-        gone = prune(run.folder, run.config.checkpoint.keep)
-        run.log.event(run.step, "checkpoint", bytes=save.bytes, seconds=round(save.seconds, 3), pruned=gone)
-    elif run.log:
-        run.log.event(run.step, "checkpoint_failed", error=save.error or "on another rank")
-
-
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
     """Everything from a checkpoint, saved by any number of ranks, if it is of the very same run."""
     reader, state = open_reader(checkpoint), read_trainer(checkpoint)
-    now = trainer_state(run)
     problems = recipe_changes(run.folder, state.get("recipe", {}), run.config)
-    if not problems and state.get("rows") != now["rows"]:
+    if not problems and state.get("rows") != run.fingerprint:
         problems = [f"{run.folder}: the training set is another than its run began with; choose another run.dir"]
     if problems:
         raise UserError(*problems)
     load_model_state_dict(run.tuned.model, reader.read_into)
     load_optimizer_state_dict(run.tuned.model, run.optimizer, reader.read_into)
-    run.step = run.saved_step = reader.step
+    run.first_step = run.step = run.saved_step = reader.step
     run.tokens, run.skips_in_a_row, run.best = (state[key] for key in ("tokens", "skips_in_a_row", "best"))
+    if run.loss_scale is not None and (seen := state.get("loss_scale")):
+        run.loss_scale.copy_(torch.tensor(seen))
+    elif run.loss_scale is not None and run.process.is_main:
+        print(f"loss scale: begins at {run.loss_scale[0]:g}, for the checkpoint has none", flush=True)
 
 
 def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 GPT-2 and GPT-Neo run through `gloria.model`; everything else through transformers, as fp32 and without code
 of the folder's own. What a model is, and what its tokenizer does, is asked of their configurations: no name of
-a model is looked at. Rows are always padded on the right, where a causal model never looks.
+a model is looked at. Rows are padded on the right, where a causal model never looks; with positions, on the left.
 """
 
 from __future__ import annotations
@@ -52,15 +52,26 @@ class Backbone(nn.Module):
         self.hidden_size = hidden_size
         self.token_types = token_types  # tells the two parts of a pair apart by an embedding
 
-    def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """ids, mask (1: a token, 0: padding on the right) and types, (batch, seq) each, to the hidden states
-        (batch, seq, hidden), and to what the model itself makes of the whole, (batch, hidden), if anything.
+    def forward(
+        self, ids: Tensor, mask: Tensor, types: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """ids, mask (1: a token, 0: padding) and types, (batch, seq) each, to the hidden states (batch, seq, hidden),
+        and to what the model itself makes of the whole, (batch, hidden), if anything.
+
+        `positions` (batch, seq), -1 at padding, are for rows padded on the left, and only for those.
         """
         if isinstance(self.body, Transformer):
-            return self.body.hidden_states(ids), None
+            documents = None if positions is None else mask
+            return self.body.hidden_states(ids, documents, positions), None
         extra = {"token_type_ids": types} if self.token_types else {}
+        if positions is not None:
+            extra["position_ids"] = positions.clamp(min=0)
         output = self.body(input_ids=ids, attention_mask=mask, **extra)
-        return output.last_hidden_state, getattr(output, "pooler_output", None)
+        hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+        if pooled is not None and positions is not None:  # it was made of padding
+            first = hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(dim=1)]
+            pooled = self.body.pooler(first.unsqueeze(1))
+        return hidden, pooled
 
     def blocks(self) -> nn.ModuleList:
         """The layers: the longest list of modules of one type."""
@@ -144,6 +155,27 @@ def longest_block_list(module: nn.Module) -> nn.ModuleList:
     ]
     assert lists, f"{type(module).__name__} has no list of layers"
     return max(lists, key=len)
+
+
+def checkpoint_activations(backbone: Backbone, kind: str) -> None:
+    """Let the backward pass compute activations again instead of keeping them: "none", "full" or "selective".
+
+    Before sharding. The last is for models that run through `gloria.model`. Raises `UserError` where a model cannot.
+    """
+    if isinstance(backbone.body, Transformer):
+        for block in backbone.blocks():
+            block.activation_checkpointing = kind
+        return
+    if kind == "selective":
+        raise UserError("train.activation_checkpointing: selective is for GPT-2 and GPT-Neo; set it to full or none")
+    if kind == "full":
+        # Its older name goes with transformers 6, and 5.17 has not the newer one.
+        name = "activation_checkpointing_enable"
+        enable = getattr(backbone.body, name, None) or backbone.body.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"train.activation_checkpointing: the model cannot ({error}); set it to none") from None
 
 
 def save_model(

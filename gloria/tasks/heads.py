@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from gloria.tasks.backbones import Backbone
+from gloria.dist.sharding import mixed_precision
+from gloria.tasks.backbones import Backbone, checkpoint_activations
 
 LABEL, SCORE, SPAN = "label", "score", "span"  # the heads there are: classes, a number, first and last token
 
@@ -39,14 +40,15 @@ class TaskModel(nn.Module):
         The span logits of tokens that no answer can begin or end with are -inf.
         """
         mask = batch["mask"]
-        hidden, pooled = self.backbone(batch["ids"], mask, batch.get("types"))
+        hidden, pooled = self.backbone(batch["ids"], mask, batch.get("types"), batch.get("positions"))
         if SPAN in self.heads:
             logits = self.heads[SPAN](F.dropout(hidden, self.dropout, self.training)).float()
             return {SPAN: logits.masked_fill(~batch["allowed"].bool().unsqueeze(-1), -torch.inf)}
+        rows = torch.arange(len(hidden), device=hidden.device)
         if self.backbone.causal:
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+            pooled = hidden[rows, mask.cumsum(dim=1).argmax(dim=1)]  # the last token, wherever padding is
         elif pooled is None:
-            pooled = hidden[:, 0]
+            pooled = hidden[rows, mask.argmax(dim=1)]
         pooled = F.dropout(pooled, self.dropout, self.training)  # (batch, hidden)
         return {name: head(pooled).float() for name, head in self.heads.items()}
 
@@ -76,15 +78,23 @@ def row_losses(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     return torch.stack(losses).sum(dim=0)
 
 
-def shard_task_model(model: TaskModel, mesh: DeviceMesh, precision: str) -> TaskModel:
+def shard_task_model(
+    model: TaskModel,
+    mesh: DeviceMesh,
+    precision: str,
+    *,
+    activation_checkpointing: str = "none",
+    compile_blocks: bool = False,
+) -> TaskModel:
     """Spread a whole model over the ranks: each of its layers, and the rest with the root.
 
     As in `gloria.dist.sharding.shard_model`, gradients are sums over the ranks, said to every FSDP module.
     """
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    checkpoint_activations(model.backbone, activation_checkpointing)
+    policy = mixed_precision(precision)
     for block in model.backbone.blocks():
+        if compile_blocks:
+            block.compile(dynamic=True)  # a batch is as long as its longest row
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():

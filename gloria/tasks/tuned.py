@@ -121,7 +121,7 @@ def row_outputs(tuned: Tuned, rows: Sequence[Row], batch_size: int, process: Pro
 
 def _flat(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     if SPAN in outputs:
-        return top_span_logits(outputs[SPAN], batch["null"])
+        return top_span_logits(outputs[SPAN], batch["null"], batch["mask"].argmax(dim=1, keepdim=True))
     return torch.cat([value.double().reshape(len(value), -1) for value in outputs.values()], dim=1)
 
 

@@ -4,7 +4,6 @@ batches, a checkpoint chosen on the test set, a saved model that scores otherwis
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import gloria.finetune as finetune
+import gloria.run
 from gloria.dist.manifest import saved_steps
-from gloria.dist.process import Process
+from gloria.dist.status import STATUS, read_status
 from gloria.errors import UserError, run_command
 from gloria.tasks.catalog import find_task
 from tests.tasks.tiny import FAMILIES, make_folder, write_assin, write_squad
-from tests.world import run_world
 
 FLAGS = {
     "train.global_batch": 8,
@@ -72,7 +71,7 @@ def neo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_heads_learn_sixteen_pairs_by_heart(family, assin, tmp_path):
     model = make_folder(family, tmp_path / family)
-    assert finetune.main(command("assin2", model, assin, tmp_path / "run")) == 0
+    assert finetune.main(command("assin2", model, assin, tmp_path / "run", train__epochs=40, optim__lr=4e-3)) == 0
     scores = results(tmp_path / "run")
     assert scores["dev"]["accuracy"] == scores["dev"]["macro_f1"] == 1.0
     assert scores["dev"]["pearson"] > 0.99
@@ -87,15 +86,32 @@ def test_both_heads_learn_sixteen_pairs_by_heart(family, assin, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt_neo", "bert", "llama"])
 def test_a_span_head_learns_sixteen_questions_by_heart(family, tmp_path):
-    data = write_squad(tmp_path / "data", {"train": 16}, impossible=True)
-    # The task holds out a tenth of train: what is reported is dev.
-    (data / "dev.json").write_text((data / "train.json").read_text())
+    data = write_squad(tmp_path / "data", {"train": 18}, seed=3, impossible=True, words=6)
+    # What is reported is dev: here the questions that are trained on, without the tenth of train that is held out.
+    kept = {example.id for example in find_task("faquad").training(data)[0]}
+    content = json.loads((data / "train.json").read_text())
+    (part,) = content["data"]
+    part["paragraphs"] = [paragraph for paragraph in part["paragraphs"] if paragraph["qas"][0]["id"] in kept]
+    (data / "dev.json").write_text(json.dumps(content))
+    assert len(part["paragraphs"]) == len(kept) == 16
     model = make_folder(family, tmp_path / family)
-    steps = 500 if family == "bert" else 200  # its norms come after the sums, and it learns slowly at first
-    flags = {"eval__every": steps, "train__steps": steps, "train__max_length": 40}
+    steps = 110 if family == "bert" else 80  # its norms come after the sums, and it learns slowly at first
+    flags = {"eval__every": steps, "train__steps": steps, "train__max_length": 32, "optim__lr": 5e-3}
+    flags |= {"schedule__kind": "constant", "optim__name": "adamw"}
     assert finetune.main(command("faquad", model, data, tmp_path / "run", **flags)) == 0
-    held_out = len(find_task("faquad").training(data)[1])
-    assert results(tmp_path / "run")["dev"]["exact_match"] >= 1 - held_out / 16
+    assert results(tmp_path / "run")["dev"]["exact_match"] == 1.0
+    assert (tmp_path / "run" / "huggingface" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "bert"])
+def test_a_single_head_learns_sixteen_pairs_by_heart_and_is_exported(family, assin, tmp_path):
+    model = make_folder(family, tmp_path / family)
+    flags = {"train__epochs": 30, "optim__lr": 4e-3}
+    for target in ("entailment", "similarity"):
+        assert finetune.main(command(f"assin2-{target}", model, assin, tmp_path / target, **flags)) == 0
+        assert (tmp_path / target / "huggingface" / "config.json").is_file()
+    assert results(tmp_path / "entailment")["dev"] == {"accuracy": 1.0, "macro_f1": 1.0}
+    assert results(tmp_path / "similarity")["dev"]["pearson"] > 0.99
 
 
 def test_a_stopped_run_ends_where_an_unbroken_one_does(assin, neo, tmp_path, monkeypatch):
@@ -108,7 +124,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(assin, neo, tmp_path, mon
         return "SIGTERM" if len(calls) > 10 else ""
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "stop_reason", stop_at_eleven)
+        patch.setattr(gloria.run, "stop_reason", stop_at_eleven)
         assert finetune.main(command("assin2", neo, assin, tmp_path / "broken", **flags)) == 0
     assert json.loads((tmp_path / "broken" / "status.json").read_text())["status"] == "stopped"
     assert saved_steps(tmp_path / "broken")[-1] == 11
@@ -123,7 +139,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(assin, neo, tmp_path, mon
 def test_a_changed_recipe_does_not_go_on_with_another_run(assin, neo, tmp_path, monkeypatch, capsys):
     flags = {"train__steps": 8}
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "stop_reason", lambda: "SIGTERM")
+        patch.setattr(gloria.run, "stop_reason", lambda: "SIGTERM")  # behind the first step
         finetune.main(command("assin2", neo, assin, tmp_path / "run", **flags))
     capsys.readouterr()
     assert run_command(finetune.main, command("assin2", neo, assin, tmp_path / "run", **flags, optim__lr=1e-3)) == 2
@@ -142,25 +158,6 @@ def test_several_seeds_have_a_mean_and_a_deviation(assin, neo, tmp_path):
     values = [scores["dev"]["mse"] for scores in single]
     assert mse["value"] == pytest.approx(np.mean(values))
     assert mse["deviation"] == pytest.approx(np.std(values, ddof=1))
-
-
-def _tune_on_a_rank(rank: int, world: int, arguments: list[str]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    finetune.start_process_group = lambda *_: Process(rank, world, torch.device("cpu"))
-    finetune.stop_process_group = lambda: None
-    assert finetune.main(arguments) == 0
-
-
-def test_two_ranks_learn_what_one_does(assin, neo, tmp_path):
-    # Batches of 7 of 16: ranks have unequal shares, and the last batch one row less than ranks.
-    flags = {"train__steps": 7, "train__global_batch": 5, "train__micro_batch": 2, "eval__every": 7}
-    assert finetune.main(command("assin2", neo, assin, tmp_path / "one", **flags)) == 0
-    run_world(_tune_on_a_rank, 2, command("assin2", neo, assin, tmp_path / "two", **flags))
-    one, two = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
-    for split, scores in results(tmp_path / "one").items():
-        assert results(tmp_path / "two")[split] == pytest.approx(scores, abs=1e-4)
 
 
 def test_the_test_set_has_no_say(assin, neo, tmp_path):
@@ -210,8 +207,11 @@ def test_a_run_that_is_done_is_told_again_but_not_for_another_recipe(assin, neo,
     assert finetune.main(arguments) == 0
     before = results(tmp_path / "run")
     capsys.readouterr()
+    status = tmp_path / "run" / STATUS  # as of a launch that was killed between its results and its last word
+    status.write_text(status.read_text().replace('"done"', '"running"'))
     assert finetune.main(arguments) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'run'}: done before\n")
+    assert f"{tmp_path / 'run'}: done before\n" in capsys.readouterr().out
+    assert read_status(tmp_path / "run").status == "done"
     assert results(tmp_path / "run") == before
     assert run_command(finetune.main, command("assin2", neo, assin, tmp_path / "run", **flags, optim__lr=1e-4)) == 2
     assert capsys.readouterr().err == (

@@ -130,19 +130,19 @@ def write_assin(folder: Path, sizes: dict[str, int], seed: int = 0, labels: bool
     return folder
 
 
-def write_squad(folder: Path, sizes: dict[str, int], seed: int = 0, impossible: bool = False) -> Path:
+def write_squad(folder: Path, sizes: dict[str, int], seed: int = 0, impossible: bool = False, words: int = 12) -> Path:
     """FaQuAD-like files: the answer to "quem dorme?" is the word before "dorme"."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(seed)
     for split, size in sizes.items():
         paragraphs = []
         for number in range(size):
-            words = [word for word in sentence(generator, 12).split() if word != "dorme"]
-            place = generator.randrange(1, len(words))
+            others = [word for word in sentence(generator, words).split() if word != "dorme"]
+            place = generator.randrange(1, len(others))
             none = impossible and number % 3 == 0
-            context = " ".join(words if none else [*words[:place], "dorme", *words[place:]])
-            start = len(" ".join(words[: place - 1])) + (place > 1)
-            answers = [] if none else [{"text": words[place - 1], "answer_start": start}]
+            context = " ".join(others if none else [*others[:place], "dorme", *others[place:]])
+            start = len(" ".join(others[: place - 1])) + (place > 1)
+            answers = [] if none else [{"text": others[place - 1], "answer_start": start}]
             question = {"id": f"{split}-{number}", "question": "quem dorme?", "answers": answers, "is_impossible": none}
             paragraphs.append({"context": context, "qas": [question]})
         (folder / f"{split}.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
