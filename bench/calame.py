@@ -6,14 +6,12 @@ Without --model it is a model of the preset's layers with random weights and a t
 `generate` stops, as the rules say, when the word is over, and keeps keys and values. Both run in turns, batch by batch.
 On a CPU its seconds are compared, which others on the machine disturb less than the clock (with OMP_NUM_THREADS=1:
 threads that wait for each other count as busy). Reading a context is bound by arithmetic on both sides, so a rule alone
-gains by its steps only; all of them together read it once. Without --data the file is that of
-../shared/data/tasks/calame-pt or else the sample that comes with gloria.
+gains by its steps only; all of them together read it once. Without --data it is the sample that comes with gloria.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -21,8 +19,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gloria.data.tokenizer import TokenizerConfig, train_tokenizer
 from gloria.dist.process import start_process_group, stop_process_group
@@ -37,8 +33,6 @@ from gloria.tasks.lastword import LOG_LIKELIHOOD, RULES, Rule
 from gloria.tasks.loglikelihood import requests, start_ids
 from gloria.tasks.samples import sample_folder
 from gloria.tasks.zeroshot import LIKELIHOOD, Asking, answers
-
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tasks" / "calame-pt"
 
 
 class WordIsOver(StoppingCriteria):
@@ -113,8 +107,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="contexts of a batch")
     a = parser.parse_args()
     task = TASKS["calame"]
-    data = a.data or (DATA if DATA.is_dir() else sample_folder(task))
-    examples = task.read(data, "test")
+    examples = task.read(a.data or sample_folder(task), "test")
     # Batches as the whole file has them, of contexts alike in length, evenly from the longest to the shortest.
     batches = length_batches([len(example.context) for example in examples], a.batch)
     batches = [batches[(2 * number + 1) * len(batches) // (2 * a.batches)] for number in range(a.batches)]
@@ -127,7 +120,8 @@ def main() -> None:
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(process.device).eval()
         tokens = sum(len(loaded.tokenizer(example.context)["input_ids"]) for example in chosen)
         print(f"model      {a.model or a.preset}, vocabulary {len(loaded.tokenizer)}, {process.device}, fp32")
-        print(f"contexts   {len(chosen)} of {data.name}, {tokens / len(chosen):.0f} tokens on average, batch {a.batch}")
+        length = tokens / len(chosen)
+        print(f"contexts   {len(chosen)} of {len(examples)}, {length:.0f} tokens on average, batch {a.batch}")
         on_cpu = process.device.type == "cpu"
         clock, unit = (time.process_time, "CPU seconds") if on_cpu else (time.perf_counter, "seconds")
         print(f"{unit:<32}{'one by one':>12}{'gloria':>12}{'ratio':>8}  answers")

@@ -2,6 +2,7 @@
 
     python bench/finetune.py --model runs/small --data folder-with-assin2-plue-faquad [--tasks assin2,rte,stsb,faquad]
 
+Without --data the sample that comes with gloria is taken, to try the script: its scores say nothing.
 Every number is of a set that is reported (ASSIN-2's test set; dev where tests are hidden), with its 95 % interval.
 The learning rate is a small model's; both starts are given the same one, the same epochs and the same seed.
 """
@@ -28,6 +29,7 @@ from gloria.tasks.catalog import Task, find_task
 from gloria.tasks.examples import Example, Guess, Pair, PairGuess, SpanGuess
 from gloria.tasks.metrics import score
 from gloria.tasks.report import RESULTS
+from gloria.tasks.samples import SAMPLES, sample_folder
 
 
 def random_twin(model: str, folder: Path, seed: int) -> str:
@@ -83,8 +85,8 @@ def _cell(value: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a run or a folder of GPT-2 or GPT-Neo")
-    parser.add_argument("--data", type=Path, required=True, help="folder with each task's files, or with their folders")
+    parser.add_argument("--model", default="models/demo", help="a run or a folder of GPT-2 or GPT-Neo")
+    parser.add_argument("--data", type=Path, default=SAMPLES, help="folder of the tasks' files, or of their folders")
     parser.add_argument("--tasks", default="assin2,rte,stsb,faquad")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-finetune"))
     parser.add_argument("--epochs", default="3")
@@ -102,7 +104,10 @@ def main() -> None:
     print(f"{'task':<10}{'split':<6}{'metric':<18}{'constant answer':<28}{'random start':<28}{'pre-trained':<28}")
     for name in arguments.tasks.split(","):
         task = find_task(name)
-        data = next(path for path in _folders(arguments.data) if _holds(task, path))
+        if arguments.data == SAMPLES:
+            data = sample_folder(task)
+        else:
+            data = next(path for path in _folders(arguments.data) if _holds(task, path))
         found = {
             start: tune(task, model, data, arguments.out / f"{name}-{start}", flags) for start, model in starts.items()
         }

@@ -4,9 +4,8 @@
 
 Prepares the JSON lines below FOLDER, a source a file, with one worker and with one a core; the tokenizer is trained
 beforehand. Beside it stands the bare tokenizer, on the same documents in batches of the same size: what a perfect
-pipeline would reach. Processor time, so that a busy machine does not count. Without FOLDER (default: the research
-corpus beside the repository, where there is one) the package's sample texts are taken many times over, with other
-numbers in them.
+pipeline would reach. Processor time, so that a busy machine does not count. Without FOLDER the package's sample texts
+are taken many times over, with other numbers in them.
 """
 
 from __future__ import annotations
@@ -37,18 +36,16 @@ COPIES = 150  # of the sample texts, about 15 MB
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=REPOSITORY.parent / "shared" / "data" / "corpus")
+    parser.add_argument("--text", type=Path, help="folder of .jsonl files; default: the sample texts, many times over")
     parser.add_argument("--vocab-size", type=int, default=16384)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench(Path(folder), flags.text, flags.vocab_size)
 
 
-def bench(folder: Path, text: Path, vocab_size: int) -> None:
-    files = sorted(text.rglob("*.jsonl"))
-    if not files:
-        print(f"{text}: no .jsonl there, so the sample texts {COPIES} times over")
-        files = write_copies(folder)
+def bench(folder: Path, text: Path | None, vocab_size: int) -> None:
+    files = sorted(text.rglob("*.jsonl")) if text else write_copies(folder)
+    assert files, f"{text}: no .jsonl there"
     documents = [clean(document.text) for file in files for document in read_documents(str(file), "jsonl")]
     start = time.perf_counter()
     train_tokenizer(TokenizerConfig(vocab_size=vocab_size), documents, folder / "tokenizer")

@@ -71,11 +71,16 @@ def table(results: Mapping[str, Any]) -> str:
                 lines.append(f"{start.format(task, split, name)}{'-':>9}  {value['reason']}")
                 continue
             known = value.get("low") is not None
-            interval = f"{value['low']:.4f} to {value['high']:.4f}" if known else ""
+            interval = f"{_number(value['low'])} to {_number(value['high'])}" if known else ""
             if "deviation" in value:
                 interval = f"deviation {value['deviation']:.4f}"
-            lines.append(f"{start.format(task, split, name)}{value['value']:>9.4f}  {interval:<20}{value['n']:>6}")
+            lines.append(f"{start.format(task, split, name)}{_number(value['value']):>9}  {interval:<20}{value['n']:>6}")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Four decimals; of a large one (a perplexity) four figures."""
+    return f"{value:.4f}" if abs(value) < 10_000 else f"{value:.3e}"
 
 
 def mean_over_seeds(found: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
