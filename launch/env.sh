@@ -95,13 +95,14 @@ launch() {
 
 # launch_until_stopped MODULE [ARGUMENT...]: launch, and where Slurm says by USR1 that the time is over (--signal=B:USR1@N)
 # ask the ranks to stop until they have. Slurm's own signal to them would be lost while they start.
-asked=no
+asked=no asking=
 late() { :; } # what a script does where they take too long
 # shellcheck disable=SC2034,SC2329
 ask() {
   asked=yes
   late &
   while scancel --signal=USR1 "$SLURM_JOB_ID"; do sleep 10; done &
+  asking=$!
 }
 launch_until_stopped() {
   local ranks code
@@ -115,6 +116,8 @@ launch_until_stopped() {
     wait $ranks # the first one ended with the signal
     code=$?
   done
+  # It would ask the same job, once that is requeued, to stop as it starts.
+  [ -z "$asking" ] || kill "$asking"
   return $code
 }
 
