@@ -39,17 +39,16 @@ from gloria.data.mixture import mixture_from_state, new_mixture
 from gloria.data.weights import Source
 from gloria.dist.checkpoint import begin_save, finish, publish, wait
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_trainer
-from gloria.dist.files import write_all
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.state import (
     Shard,
-    load_model_state_dict,
-    load_optimizer_state_dict,
+    load_training_state,
     model_state_dict,
     optimizer_state_dict,
     rng_state_dict,
 )
 from gloria.dist.tensor_file import byte_view, write_tensor_file
+from gloria.files import write_all
 
 WIDTH = 1024
 
@@ -235,8 +234,7 @@ def bandwidth(
     reader = open_reader(find_checkpoint(folder, 100))
 
     def load() -> None:
-        load_model_state_dict(model, reader.read_into)
-        load_optimizer_state_dict(model, optimizer, reader.read_into)
+        load_training_state(model, optimizer, reader.read_into)
 
     reads = (lambda: plain_read(plain, tensors), load)
     warm = side_by_side(*reads, repeats=repeats)

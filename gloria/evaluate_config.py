@@ -111,14 +111,8 @@ def choose_split(task: Task, folder: Path, asked: str | None) -> str:
     if asked:
         return asked
     order = ("dev", "test") if task.hold_out else ("test", "dev")
-    there = [split for split in order if split in task.splits and has_split(task, folder, split)]
+    there = [split for split in order if task.has(folder, split)]
     return (there or [split for split in order if split in task.splits])[0]
-
-
-def has_split(task: Task, folder: Path, split: str) -> bool:
-    """Whether the folder has the files of a split."""
-    parts = [find_task(part) for part in task.parts] or [task]
-    return all(any((folder / name).is_file() for name in part.files.get(split, ())) for part in parts)
 
 
 def _is_run(path: Path) -> bool:

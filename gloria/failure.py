@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,16 @@ import torch.distributed as dist
 from gloria.dist.signals import stop_reason
 from gloria.dist.watch import GRACE_SECONDS, PEER_GONE, failed_ranks, leave, slow_ranks, write_place
 from gloria.errors import UserError
-from gloria.run import Run, close_run
+
+if TYPE_CHECKING:
+    from gloria.saving import AnyRun
 
 
-def fail(run: Run, error: Exception) -> int:
-    """Tell what `error` means for the run and end it; the exit status. One of several ranks does not return."""
+def fail(run: AnyRun, error: Exception, close: Callable[[Any, str, str], None]) -> int:
+    """Tell what `error` means for the run and end it, by `close` (run, status, reason); the exit status.
+
+    One of several ranks does not return.
+    """
     watch = run.watch
     watch.ending.acquire()  # for good: the watch must not end what is ended here
     status, code, step = "failed", 1, run.step
@@ -53,7 +60,7 @@ def fail(run: Run, error: Exception) -> int:
         if run.log and not watch.claim.lost:
             run.log.event(step, status, reason=reason)
         leave(watch, status, step, reason, code)
-    close_run(run, status, reason)
+    close(run, status, reason)
     return code
 
 
@@ -67,7 +74,7 @@ def is_peer_gone(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "Connection closed by peer" in str(error)
 
 
-def _out_of_memory(run: Run) -> str:
+def _out_of_memory(run: AnyRun) -> str:
     train, watch = run.config.train, run.watch
     share = -(-train.global_batch // watch.world)
     micro_batch = train.micro_batch or share

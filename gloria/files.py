@@ -1,12 +1,29 @@
-"""What every room that writes files needs: content in one number, names that survive a power cut, sizes for people."""
+"""Files written whole or not at all, and read as if a stranger had left them; content in one number, sizes for people.
+
+A run's files are read by `open_plain` and `read_bounded`, which never follow a symbolic link at the file itself, never
+wait on a pipe, never take in more than a limit and never run anything: JSON and raw bytes are all there is.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import xxhash
 
-_CHUNK_BYTES = 4 << 20
+from gloria.errors import UserError
+
+# A checkpoint of a 2.7B model has headers of under 1 MB; 16 MB of hostile JSON still fits in memory when parsed.
+MAX_JSON_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
+_HASHED_BYTES = 4 << 20  # at a time
 
 
 def hash_file(file: str | os.PathLike[str] | int) -> str:
@@ -15,7 +32,7 @@ def hash_file(file: str | os.PathLike[str] | int) -> str:
     `file` is a path, or an open descriptor at its start, which is closed.
     """
     hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(_HASHED_BYTES))
     with open(file, "rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
             hasher.update(buffer[:count])
@@ -37,3 +54,142 @@ def size_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
+
+
+def open_plain(path: Path) -> int:
+    """A read-only descriptor of a regular file; the caller closes it. UserError names what it is instead."""
+    try:
+        # NONBLOCK: opening a pipe that has no writer would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a symbolic link, which is never followed here") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: is not a plain file")
+    return descriptor
+
+
+def read_bounded(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """All bytes of a plain file of at most `limit` bytes."""
+    descriptor = open_plain(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise UserError(f"{path}: {size} bytes, more than the {limit} such a file may have")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
+
+
+def parse_json_object(data: bytes, place: object) -> dict[str, Any]:
+    """A JSON object from bytes; anything else, a key given twice and endless nesting are a UserError at `place`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise UserError(f"{place}: is not the JSON that was written ({brief(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file that the user has named; a UserError that ends with `remedy` where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: is no JSON ({error}); {remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is no JSON object; {remedy}")
+    return values
+
+
+def brief(error: Exception) -> str:
+    """An exception in one short line, also where its message quotes what somebody else wrote."""
+    text = repr(error)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """The one way an object is written, so that what was read can be compared byte for byte."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte: one `os.write` may take fewer (2 GB at most, or up to a full disk)."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def write_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file where nobody looks yet, and have it on the disk when this returns if `durable`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, data)
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put `data` at `path`, whole or not at all and, if `durable`, on the disk when this returns."""
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        write_file(beside, data, durable=durable)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+@contextmanager
+def replacement(folder: Path) -> Iterator[Path]:
+    """Where to make a folder that, durable, takes the place of `folder` once the block has ended well.
+
+    Killed in the midst of it, what is at `folder` is the old one, the new one, or what `put_back` puts there.
+    """
+    put_back(folder)
+    work, old = _beside(folder, "new"), _beside(folder, "old")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield work
+        for path in [*work.rglob("*"), work]:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a launch that was killed between the two renames of `replacement` has left."""
+    old = _beside(folder, "old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}-{what}")

@@ -52,19 +52,19 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gloria import saving
+from gloria.dist.agreement import require_same_recipe
 from gloria.dist.checkpoint import abandon
-from gloria.dist.files import parse_json_object, read_bounded
 from gloria.dist.loss_scale import adjust
 from gloria.dist.process import agree, leave_process_group, on_any_rank, start_process_group, stop_process_group
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, clip_coefficient, gradient_square_sum, reseed, update
 from gloria.dist.step_sums import StepSums, judge, overflowed, pack_sums, unpack_sums
 from gloria.failure import fail
-from gloria.finetune_run import Plan, Run, close_run, mark_done, open_run, recipe_changes, tensor_state, trainer_state
+from gloria.files import parse_json_object, read_bounded
+from gloria.finetune_run import Plan, Run, check_seeds, close_run, is_done, open_run, tensor_state, trainer_state
 from gloria.finetune_score import choose, score_best
 from gloria.finetune_tell import tell_step
 from gloria.optim import schedules
@@ -85,15 +85,15 @@ class Batch:
 
     numbers: list[int]
     parts: list[tuple[dict[str, Tensor], int]]  # tensors, and how many of their rows count
-    tokens: int  # of all ranks
 
 
 @dataclass(frozen=True)
 class Step:
-    """What has become of a step."""
+    """What has become of a step. Without its tensors, for steps are kept until the log has a line of them."""
 
     lr: float
-    batch: Batch
+    rows: list[int]  # their numbers, of all ranks
+    tokens: int  # of all ranks
     sums: StepSums  # over all ranks
     seconds: float
     data_seconds: float
@@ -106,8 +106,11 @@ def main(argv: list[str] | None = None) -> int:
     set_time_budget(config.run.max_minutes)
     process = start_process_group(config.run.device, max(config.dist.timeout_minutes, config.dist.step_timeout_minutes))
     torch.use_deterministic_algorithms(config.run.deterministic)
-    folder, found, status = Path(config.run.dir), {}, 0
+    folder, seeds, status = Path(config.run.dir), config.run.seeds, 0
+    own = {seed: folder / f"seed-{seed}" if len(seeds) > 1 else folder for seed in seeds}
     try:
+        require_same_recipe(process, config)
+        agree(process, lambda: check_seeds(folder, seeds))
         open_rank_log(folder, process.rank, process.world)
         if process.is_main and config.data is None:
             number = len(plan.train) + len(plan.selection) * plan.task.hold_out
@@ -115,68 +118,73 @@ def main(argv: list[str] | None = None) -> int:
                 f"data       sample of {plan.task.name} that comes with gloria ({number} training examples, written "
                 "for it): for trying out, its scores say nothing"
             )
-        for seed in config.run.seeds:
-            own = folder / f"seed-{seed}" if len(config.run.seeds) > 1 else folder
-            if agree(process, lambda own=own: int((own / RESULTS).is_file())):
-                done = parse_json_object(read_bounded(own / RESULTS), own / RESULTS)
-                if problems := recipe_changes(own, done.get("recipe", {}), config):
-                    raise UserError(*problems)
-                agree(process, lambda own=own: mark_done(own))
+        for seed in seeds:
+            if agree(process, lambda seed=seed: is_done(own[seed], config, seed)):
                 if process.is_main:
-                    print(f"{own}: done before", flush=True)
-            else:
-                run = open_run(plan, seed, own, process)
-                status = tune(run)
-                if status or run.step < run.total_steps:
-                    break
-            found[seed] = parse_json_object(read_bounded(own / RESULTS), own / RESULTS)
+                    print(f"{own[seed]}: done before", flush=True)
+                continue
+            status, done = tune(open_run(plan, seed, own[seed], process))
+            if not done:
+                break
+        else:
+            if process.is_main:
+                tell_results(folder, own, config.model)
     except (UserError, SystemExit):
         leave_process_group()
         raise
-    if process.is_main and len(found) == len(config.run.seeds):
-        for seed, results in found.items():
-            print(f"seed {seed}:", table(results), sep="\n")
-        if len(found) > 1:
-            about = {"seeds": list(found), "from": config.model}
-            summary = write_results(folder / RESULTS, about, mean_over_seeds(found))
-            print("mean over the seeds:", table(summary), sep="\n", flush=True)
-    if dist.is_initialized():  # a run that has failed has left the group
-        stop_process_group()
+    stop_process_group()
     return status
 
 
-def tune(run: Run) -> int:
-    """One run: train until the plan is done or somebody asks to stop, then score the best model; its exit status."""
+def tell_results(folder: Path, own: dict[int, Path], model: str) -> None:
+    """Print the scores of each seed, whose results are in its `own` folder; of several write and print the mean."""
+    found = {seed: parse_json_object(read_bounded(path / RESULTS), path / RESULTS) for seed, path in own.items()}
+    for seed, results in found.items():
+        print(f"seed {seed}:", table(results), sep="\n")
+    if len(found) > 1:
+        about = {"seeds": list(found), "from": model}
+        summary = write_results(folder / RESULTS, about, mean_over_seeds(found))
+        print("mean over the seeds:", table(summary), sep="\n", flush=True)
+
+
+def tune(run: Run) -> tuple[int, bool]:
+    """One run: train until the plan is done or somebody asks to stop, then score the best model.
+
+    Returns the exit status, and whether the run is done.
+    """
     try:
         status, reason = end(run, take_steps(run))
-        if status == "done":
-            score_best(run)
+        if status == "done" and not score_best(run):
+            status, reason = "stopped", stop_reason() or ASKED
     except Exception as error:
-        return fail(run, error)
+        return fail(run, error, close_run), False
     close_run(run, status, reason)
     if status == "failed" and run.process.is_main:
         print(
             f"error: {run.folder}: {reason}; the newest checkpoint is of step {run.saved_step}; see its metrics.jsonl",
             file=sys.stderr,
         )
-    return int(status == "failed")
+    return int(status == "failed"), status == "done"
 
 
 def take_steps(run: Run) -> str:
     """All steps, with their evaluations and checkpoints; why it stopped before the last one, or ""."""
     config = run.config
-    every = config.eval.every or run.batches
+    save_every = config.checkpoint.every or run.evaluate_every
     stop = ASKED if on_any_rank(bool(stop_reason())) else ""
+    if run.choice_due and not stop:
+        stop = "" if choose(run) else ASKED  # what the last launch was stopped before, or in
     while run.step < run.total_steps and not stop:
         run.watch.at(run.step, "data")
         started = perf_counter()
         batch = read_batch(run)
         data_seconds = perf_counter() - started
         lr, sums = take_step(run, batch)
-        stop = settle(run, Step(lr, batch, sums, perf_counter() - started, data_seconds))
-        if (run.step % every == 0 or run.step == run.total_steps) and stop not in UNSAVED:
-            choose(run)
-        if run.step % (config.checkpoint.every or every) == 0 and stop not in UNSAVED:
+        tokens = sum(len(run.rows[number].ids) for number in batch.numbers)
+        stop = settle(run, Step(lr, batch.numbers, tokens, sums, perf_counter() - started, data_seconds))
+        if run.choice_due and not stop:
+            stop = "" if choose(run) else ASKED
+        if run.step % save_every == 0 and stop not in UNSAVED:
             saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=config.checkpoint.asynchronous)
     return stop
 
@@ -200,7 +208,7 @@ def read_batch(run: Run) -> Batch:
         rows = [run.rows[number] for number in chosen or numbers[:1]]
         tensors = collate(rows, pad_id(run.tuned.tokenizer), process.device, run.tuned.inputs.heads)
         parts.append((tensors, len(chosen)))
-    return Batch(numbers, parts, sum(len(run.rows[number].ids) for number in numbers))
+    return Batch(numbers, parts)
 
 
 def take_step(run: Run, batch: Batch) -> tuple[float, StepSums]:
@@ -249,7 +257,7 @@ def settle(run: Run, step: Step) -> str:
     sums = step.sums
     if sums.claims_lost:
         return TAKEN_OVER
-    run.tokens += step.batch.tokens
+    run.tokens += step.tokens
     if not sums.overflow:  # which is the loss scale's doing: it neither counts nor ends a series
         run.skips_in_a_row = 0 if sums.applied else run.skips_in_a_row + 1
     if run.claim:
@@ -263,6 +271,7 @@ def settle(run: Run, step: Step) -> str:
 
 def end(run: Run, stop: str) -> tuple[str, str]:
     """Save what is not saved yet; how the run ended (done, stopped or failed), and why."""
+    run.watch.at(run.step, "checkpoint", patient=True)
     if run.save and stop == TAKEN_OVER:
         abandon(run.save)
     else:
@@ -275,7 +284,9 @@ def end(run: Run, stop: str) -> tuple[str, str]:
         saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=False)
     if run.saved_step != run.step:
         return "failed", "the last checkpoint could not be written"
-    return ("done", "") if run.step == run.total_steps else ("stopped", stop_reason() or stop)
+    # Asked to stop behind the last step it may still have to choose.
+    done = run.step == run.total_steps and not run.choice_due
+    return ("done", "") if done else ("stopped", stop_reason() or stop)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import gloria
-from gloria.dist.agreement import require_same, require_same_recipe, require_shared
+from gloria.dist.agreement import on_all_ranks, require_same, require_shared
 from gloria.dist.checkpoint import Save, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
 from gloria.dist.loss_scale import new_loss_scale
@@ -26,15 +26,15 @@ from gloria.dist.sharding import build_mesh, precision_and_reason
 from gloria.dist.signals import stop_reason
 from gloria.dist.state import (
     Shard,
-    load_model_state_dict,
-    load_optimizer_state_dict,
+    load_training_state,
     model_state_dict,
     optimizer_state_dict,
 )
-from gloria.dist.status import LOCK, Claim, claim_run, read_status, release_run, write_status
+from gloria.dist.status import LOCK, STATUS, Claim, claim_run, read_status, release_run, write_status
 from gloria.dist.watch import Watch, start_watch
 from gloria.errors import UserError
 from gloria.fields import flatten
+from gloria.files import parse_json_object, put_back, read_bounded
 from gloria.finetune_config import FinetuneConfig
 from gloria.metrics import RunLog, open_log
 from gloria.optim import schedules
@@ -46,7 +46,10 @@ from gloria.tasks.catalog import Task
 from gloria.tasks.encode import Encoded, Row
 from gloria.tasks.examples import Example
 from gloria.tasks.heads import SCORE, TaskModel, count_parameters, initialise_heads, shard_task_model
-from gloria.tasks.tuned import Inputs, Tuned, encode, task_heads
+from gloria.tasks.report import RESULTS
+from gloria.tasks.tuned import Inputs, Tuned, encode, is_tuned, read_task_file, task_heads
+
+MODEL = "model"  # the best one so far, in a run's folder
 
 # Of the recipe, what may change between two launches of a run.
 _FREE = (
@@ -79,19 +82,19 @@ class Run:
     tuned: Tuned
     optimizer: torch.optim.Optimizer
     rows: list[Row]
-    fingerprint: str  # of the rows
+    fingerprint: str  # of the rows, and of the examples that choose the model
     total_steps: int
     launch: str
     watch: Watch  # over this rank's progress
     loss_scale: Tensor | None = None  # of fp16; see dist.loss_scale
     claim: Claim | None = None  # rank 0's hold on the run folder
     log: RunLog | None = None  # rank 0's
-    loader: None = None  # the rows are in memory
     first_step: int = 0  # steps that were done when this launch took over
     step: int = 0
     tokens: int = 0
     skips_in_a_row: int = 0
-    best: dict[str, Any] = field(default_factory=dict)  # step and scores of the best model so far
+    best: dict[str, Any] = field(default_factory=dict)  # step and scores of the best model so far, that in `model`
+    chosen_step: int = 0  # steps done at the last whole evaluation that chose
     save: Save | None = None  # under way in the background
     saved_step: int = 0
     staging: dict[str, Tensor] = field(default_factory=dict)  # host memory of background saves
@@ -102,6 +105,16 @@ class Run:
     def batches(self) -> int:
         """Steps of an epoch."""
         return -(-len(self.rows) // self.config.train.global_batch)
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.config.eval.every or self.batches
+
+    @property
+    def choice_due(self) -> bool:
+        """Whether an evaluation that chooses belongs here, before the next step, and has not been."""
+        here = self.step % self.evaluate_every == 0 or self.step == self.total_steps
+        return here and self.chosen_step != self.step
 
 
 def open_run(plan: Plan, seed: int, folder: Path, process: Process) -> Run:
@@ -130,13 +143,31 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     run.watch.ended.set()
 
 
-def mark_done(folder: Path) -> int:
-    """For rank 0: a run with results is done, also where its launch was killed before it could say so. Always 0."""
+def is_done(folder: Path, config: FinetuneConfig, seed: int) -> int:
+    """For rank 0: whether the folder has the results of this very run, also where its launch was killed before it
+    could say so.
+    """
+    results = folder / RESULTS
+    if not results.is_file():
+        return 0
+    if problems := recipe_changes(folder, parse_json_object(read_bounded(results), results), config, seed):
+        raise UserError(*problems)
     before = read_status(folder)
     if before.status != "done":
         claim = claim_run(folder, before.launch)
         write_status(claim, "done", before.step)
         release_run(claim)
+    return 1
+
+
+def check_seeds(folder: Path, seeds: list[int]) -> int:
+    """For rank 0: one seed has its run in the folder itself, several have folders of their own; never both."""
+    several = any(folder.glob(f"seed-*/{STATUS}"))
+    one = (folder / STATUS).exists()
+    if one and len(seeds) > 1:
+        raise UserError(f"run.seeds: {folder} holds the run of one seed; choose another run.dir for {seeds}")
+    if several and len(seeds) == 1:
+        raise UserError(f"run.seeds: {folder} holds runs of several seeds; choose another run.dir for one, {seeds[0]}")
     return 0
 
 
@@ -146,6 +177,7 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
 
     def claim_and_choose() -> int:
         watch.claim = claim_run(folder, watch.launch)
+        put_back(folder / MODEL)
         return choose_step(folder, config.run.resume, watch.launch)
 
     resume_step = agree(process, claim_and_choose)
@@ -155,13 +187,12 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
         raise SystemExit(0)
     mesh = build_mesh(process, config.dist.replicas)
     precision, why = precision_and_reason(train.precision, process.device)
-    require_same_recipe(process, config, precision=precision)
+    require_same(process, {"train.precision": precision})
     require_shared(process, folder / LOCK, watch.launch)
-    tuned, encoded, cut = _prepare(plan, seed)
-    fingerprint = _fingerprint(encoded.rows)
-    require_same(process, {f"{plan.folder}: training rows": fingerprint})
-    tuned.model.to(process.device)
-    shard_task_model(
+    tuned, encoded, cut = on_all_ranks(process, lambda: _prepare(plan, seed))
+    fingerprint = _fingerprint(encoded.rows, plan.selection)
+    require_same(process, {f"{plan.folder}: rows": fingerprint})
+    shard_task_model(  # which moves a layer to the device at a time, so that it never holds them all whole
         tuned.model,
         mesh,
         precision,
@@ -268,7 +299,7 @@ def trainer_state(run: Run) -> dict[str, Any]:
         "tokens": run.tokens,
         "skips_in_a_row": run.skips_in_a_row,
         "loss_scale": None if run.loss_scale is None else run.loss_scale.tolist(),
-        "best": run.best,
+        "chosen_step": run.chosen_step,
         "rows": run.fingerprint,
         "total_steps": run.total_steps,
         "recipe": to_mapping(run.config),
@@ -279,33 +310,42 @@ def trainer_state(run: Run) -> dict[str, Any]:
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
     """Everything from a checkpoint, saved by any number of ranks, if it is of the very same run."""
     reader, state = open_reader(checkpoint), read_trainer(checkpoint)
-    problems = recipe_changes(run.folder, state.get("recipe", {}), run.config)
+    problems = recipe_changes(run.folder, state, run.config, run.seed)
     if not problems and state.get("rows") != run.fingerprint:
-        problems = [f"{run.folder}: the training set is another than its run began with; choose another run.dir"]
+        problems = [
+            f"{run.folder}: the set to train on or the one that chooses the model is another than its run began with; "
+            "choose another run.dir"
+        ]
     if problems:
         raise UserError(*problems)
-    load_model_state_dict(run.tuned.model, reader.read_into)
-    load_optimizer_state_dict(run.tuned.model, run.optimizer, reader.read_into)
+    load_training_state(run.tuned.model, run.optimizer, reader.read_into)
     run.first_step = run.step = run.saved_step = reader.step
-    run.tokens, run.skips_in_a_row, run.best = (state[key] for key in ("tokens", "skips_in_a_row", "best"))
+    run.tokens, run.skips_in_a_row, run.chosen_step = (
+        state[key] for key in ("tokens", "skips_in_a_row", "chosen_step")
+    )
+    # Of the model that is there: a launch that was killed after this checkpoint may have found a better one since.
+    if is_tuned(run.folder / MODEL):
+        run.best = {key: read_task_file(run.folder / MODEL)[key] for key in ("step", "scores")}
     if run.loss_scale is not None and (seen := state.get("loss_scale")):
         run.loss_scale.copy_(torch.tensor(seen))
     elif run.loss_scale is not None and run.process.is_main:
         print(f"loss scale: begins at {run.loss_scale[0]:g}, for the checkpoint has none", flush=True)
 
 
-def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig) -> list[str]:
-    """A line for each key that makes the run in the folder another one than `config` asks for."""
-    old = flatten(before)
+def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig, seed: int) -> list[str]:
+    """A line for each key that makes the run in the folder, of which `before` tells, another one than is asked for."""
+    old = flatten(before["recipe"]) | {"run.seeds": before["seed"]}
+    new = flatten(to_mapping(config)) | {"run.seeds": seed}
     return [
         f"{folder}: its run has {key} = {old.get(key)}, not {value}; set that, or choose another run.dir"
-        for key, value in flatten(to_mapping(config)).items()
-        if old.get(key) != value and not key.startswith(_FREE)
+        for key, value in new.items()
+        if old.get(key) != value and (key == "run.seeds" or not key.startswith(_FREE))
     ]
 
 
-def _fingerprint(rows: list[Row]) -> str:
+def _fingerprint(rows: list[Row], selection: list[Example]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(repr((row.ids, row.types, row.targets)).encode())
+    digest.update(repr(selection).encode())
     return digest.hexdigest()

@@ -32,7 +32,7 @@ def tell_step(run: Run, step: Step) -> None:
     if run.log:
         run.log.progress(run.step)
         if not step.sums.applied and not step.sums.overflow:
-            run.log.event(run.step, "skipped", rows=step.batch.numbers[:8], in_a_row=run.skips_in_a_row)
+            run.log.event(run.step, "skipped", rows=step.rows[:8], in_a_row=run.skips_in_a_row)
     if run.step % run.config.log.every:
         return
     since, run.since = run.since, []
@@ -62,8 +62,8 @@ def _values(run: Run, since: list[Step]) -> dict[str, Any]:
         "grad_norm": applied[-1].sums.grad_norm if applied else math.nan,
         "epoch": run.step / run.batches,
         "tokens": run.tokens,
-        "rows_per_s": sum(len(step.batch.numbers) for step in since) / seconds,
-        "tokens_per_s": sum(step.batch.tokens for step in since) / seconds,
+        "rows_per_s": sum(len(step.rows) for step in since) / seconds,
+        "tokens_per_s": sum(step.tokens for step in since) / seconds,
         "step_s": seconds / len(since),
         "data_s": sum(step.data_seconds for step in since) / len(since),
         "memory": peak_memory(run.process.device.type),

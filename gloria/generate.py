@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, model_type: str) -> list[int]:
-    """The ids to continue. GPT-2 and GPT-Neo saw EOS at a document's start, which their tokenizers do not
-    add."""
+    """The ids to continue. GPT-2 and GPT-Neo saw EOS at a document's start, which their tokenizers do not add."""
     ids = tokenizer(prompt, split_special_tokens=True)["input_ids"]
     start = tokenizer.eos_token_id
     if model_type in ("gpt2", "gpt_neo") and start is not None and ids[:1] != [start]:
@@ -136,12 +135,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.greedy:
         # None: a folder's generation_config.json may set them, which transformers would complain about
         return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    return {
-        "do_sample": True,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-    }
+    return {"do_sample": True, **{name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}}
 
 
 def _flag(name: str) -> str:

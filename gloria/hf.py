@@ -32,12 +32,11 @@ _EMBEDDING = "transformer.wte.weight"
 _HEAD = "lm_head.weight"
 _CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _MASKS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias)$")  # buffers of old versions, no parameters
-_PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder; `UserError` where it has none, or pickled weights
-    only."""
+    """The safetensors files of a Hugging Face folder; `UserError` where it has none, or pickled weights only."""
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -106,8 +105,7 @@ def read_tensors(folder: str | Path) -> FolderTensors:
             if name not in expected:
                 problems.append(f"{path}: {key} is no parameter of such a model; check config.json")
                 continue
-            if size != _size_in_folder(shape, name, expected[name]):
-                wanted = _size_in_folder(shape, name, expected[name])
+            if size != (wanted := _size_in_folder(shape, name, expected[name])):
                 problems.append(f"{path}: {key} is {size}, config.json makes it {wanted}; they must agree")
             if dtype not in ("F32", "F16", "BF16", "F64"):
                 problems.append(f"{path}: {key} is of type {dtype}; give weights that are not quantised")
@@ -133,8 +131,7 @@ def write_folder(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model that `AutoModelForCausalLM` and `AutoTokenizer` load: the folder appears whole or not at
-    all.
+    """Write a model that `AutoModelForCausalLM` and `AutoTokenizer` load: the folder appears whole or not at all.
 
     `tensors` are (name, whole tensor) in our naming, orientation and padding, in any order. `dtype` is one of
     `DTYPES`. More than `shard_bytes` of weights are cut into several files with an index. `UserError` where

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,7 @@ _INTEGERS = {
         "window_size": ("window_size", 256),
     },
 }
+_NUMBERS = {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02}
 # Switches that change what the model computes, and the only value our model has of each.
 _SWITCHES = {
     "activation_function": "gelu_new",
@@ -269,8 +271,8 @@ def read_shape(folder: str | Path) -> ModelShape:
         if type(value) is not int or value < 1:
             problems.append(f"{path}: {key} must be a positive whole number, not {json.dumps(value)}; mend it")
             sizes[name] = 1
-    for key, default in (("layer_norm_epsilon", 1e-5), ("initializer_range", 0.02)):
-        value = values.get(key, default)
+    numbers = {key: values.get(key, default) for key, default in _NUMBERS.items()}
+    for key, value in numbers.items():
         if type(value) not in (int, float) or not value > 0:
             problems.append(f"{path}: {key} must be a positive number, not {json.dumps(value)}; mend it")
     if problems:
@@ -286,8 +288,8 @@ def read_shape(folder: str | Path) -> ModelShape:
     return ModelShape(
         architecture=model_type.replace("_", "-"),
         attention_layers=layers,
-        layer_norm_epsilon=float(values.get("layer_norm_epsilon", 1e-5)),
-        init_std=float(values.get("initializer_range", 0.02)),
+        layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
+        init_std=float(numbers["initializer_range"]),
         **{"window_size": 0, **sizes},
     )
 
@@ -354,9 +356,7 @@ def count_parameters(shape: ModelShape) -> dict[str, int]:
     """Parameters by part and in all: the tied head once, rows that only pad the vocabulary not at all."""
     counts = dict.fromkeys(("token_embedding", "position_embedding", "attention", "mlp", "layer_norm"), 0)
     for name, size in parameter_shapes(shape).items():
-        elements = 1
-        for dimension in size:
-            elements *= dimension
+        elements = math.prod(size)
         if ".wte." in name:
             counts["token_embedding"] += shape.vocab_size * shape.hidden_size
         elif ".wpe." in name:

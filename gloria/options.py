@@ -52,6 +52,8 @@ __all__ = [
 
 C = TypeVar("C")
 
+CONFIG_FLAG = "--config"
+
 
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
@@ -68,21 +70,20 @@ def parse(
     *,
     prog: str,
     description: str = "",
-    config_flag: str = "--config",
     default_config: str | os.PathLike[str] | None = None,
     rivals: Sequence[tuple[str, str]] = (),
     check: Callable[[C], Iterable[tuple[Sequence[str], str]]] = lambda config: (),
 ) -> Parsed[C]:
-    """The recipe in `config_flag FILE` (or `default_config`) with flags laid over it, checked as one.
+    """The recipe in `--config FILE` (or `default_config`) with flags laid over it, checked as one.
 
     `rivals` are pairs of keys of which one as a flag clears the other of the file. `check` yields impossible
     combinations as (keys, what): told at the first key, unless one of them is reported already. In what it
     sees, a wrong value stands at its default, or at None where it has none. `--help` prints every field and
     exits.
     """
-    flags = _read_flags(cls, argv, config_flag)
+    flags = _read_flags(cls, argv)
     if flags.help:
-        print(_help_text(cls, prog, description, config_flag, default_config))
+        print(_help_text(cls, prog, description, default_config))
         raise SystemExit(0)
     path = flags.config if flags.config is not None else default_config
     where = str(path) if path is not None else prog
@@ -139,7 +140,7 @@ class _Flags:
     problems: list[str] = field(default_factory=list)
 
 
-def _read_flags(cls: type, argv: Sequence[str], config_flag: str) -> _Flags:
+def _read_flags(cls: type, argv: Sequence[str]) -> _Flags:
     flags = _Flags()
     words = list(argv)
     while words:
@@ -151,7 +152,7 @@ def _read_flags(cls: type, argv: Sequence[str], config_flag: str) -> _Flags:
             flags.problems.append(f"{flag}{has_value}{text}: is no flag; flags begin with --")
             continue
         name = flag.removeprefix("--")
-        parts, kind = ([config_flag], str) if flag == config_flag else _locate(cls, name)
+        parts, kind = ([CONFIG_FLAG], str) if flag == CONFIG_FLAG else _locate(cls, name)
         if not has_value and kind is bool and words[:1] not in (["true"], ["false"]):
             text = "true"
         elif not has_value and words and not words[0].startswith("--"):
@@ -161,16 +162,16 @@ def _read_flags(cls: type, argv: Sequence[str], config_flag: str) -> _Flags:
             continue
         key = ".".join(parts)
         if kind is None:
-            flags.problems.append(f"{flag}: {_unknown_flag(cls, config_flag, name)}")
+            flags.problems.append(f"{flag}: {_unknown_flag(cls, name)}")
         elif key in flags.given:
             flags.problems.append(f"{flag}: given twice; give it once")
-        elif flag == config_flag:
+        elif flag == CONFIG_FLAG:
             flags.config = text
         else:
             flags.overrides[key] = (parts, _flag_value(text, kind))
         if kind is not None:
             flags.given[key] = flag
-    flags.given.pop(config_flag, None)
+    flags.given.pop(CONFIG_FLAG, None)
     return flags
 
 
@@ -195,8 +196,8 @@ def _locate(cls: type, name: str) -> tuple[list[str], Any]:
     return parts, None if dataclasses.is_dataclass(kind) else kind
 
 
-def _unknown_flag(cls: type, config_flag: str, name: str) -> str:
-    known = [config_flag.removeprefix("--"), *dotted_keys(cls)]
+def _unknown_flag(cls: type, name: str) -> str:
+    known = [CONFIG_FLAG.removeprefix("--"), *dotted_keys(cls)]
     if any(flag.startswith(f"{name}.") for flag in known):
         return f"is a section; set one of its keys, --{name}.KEY VALUE"
     same_key = [flag for flag in known if flag.split(".")[-1] == name.split(".")[-1].replace("-", "_")]
@@ -230,13 +231,10 @@ def _remove(values: dict[str, Any], parts: list[str]) -> None:
     values.pop(parts[-1], None)
 
 
-def _help_text(cls: type, prog: str, description: str, config_flag: str, default: Any) -> str:
-    lines = [f"usage: {prog} [{config_flag} FILE] [--section.key VALUE ...]", ""]
+def _help_text(cls: type, prog: str, description: str, default: Any) -> str:
+    lines = [f"usage: {prog} [{CONFIG_FLAG} FILE] [--section.key VALUE ...]", ""]
     lines += [*textwrap.wrap(description, 100), ""] if description else []
-    lines += [
-        f"  {config_flag} FILE",
-        f"      the recipe, in TOML{f' (default {default})' if default else ''}",
-    ]
+    lines += [f"  {CONFIG_FLAG} FILE", f"      the recipe, in TOML{f' (default {default})' if default else ''}"]
     lines += ["", "Each key of the recipe is also a flag, and a flag wins over the file:"]
     return "\n".join([*lines, *_help_lines(cls, "")])
 

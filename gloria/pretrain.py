@@ -79,7 +79,7 @@ def train(run: Run) -> int:
     try:
         return end(run, take_steps(run))
     except Exception as error:
-        return fail(run, error)
+        return fail(run, error, close_run)
 
 
 def take_steps(run: Run) -> str:

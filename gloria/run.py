@@ -9,7 +9,7 @@ import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from gloria.describe import describe
 from gloria.dist.agreement import require_same_recipe, require_shared
 from gloria.dist.checkpoint import Save, SaveState, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
-from gloria.dist.files import to_json, write_whole
 from gloria.dist.loss_scale import new_loss_scale
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import (
@@ -41,9 +40,8 @@ from gloria.dist.retention import check_free_space
 from gloria.dist.sharding import build_mesh, fill_parameters, precision_and_reason, shard_model
 from gloria.dist.signals import set_time_budget, stop_reason
 from gloria.dist.state import (
-    load_model_state_dict,
-    load_optimizer_state_dict,
     load_rng_state_dict,
+    load_training_state,
     model_state_dict,
     optimizer_state_dict,
 )
@@ -51,6 +49,7 @@ from gloria.dist.status import LOCK, Claim, claim_run, release_run, write_status
 from gloria.dist.step_sums import Flags, new_running_norm
 from gloria.dist.watch import Watch, start_watch
 from gloria.errors import UserError, warn
+from gloria.files import to_json, write_whole
 from gloria.hf import read_tensors
 from gloria.metrics import Meter, RunLog, open_log, peak_flops
 from gloria.model import Transformer, initial_value
@@ -58,6 +57,9 @@ from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
 from gloria.options import to_mapping
 from gloria.resume import changes_since, choose_step
+
+if TYPE_CHECKING:
+    from gloria.saving import AnyRun
 
 RNG_SCHEME = "seed/step/rank"  # each step reseeds from these three, see dist.sharding.reseed
 
@@ -212,7 +214,7 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     run.watch.ended.set()
 
 
-def flags_of(run: Run) -> Flags:
+def flags_of(run: AnyRun) -> Flags:
     """What this rank has to say in the step's all-reduce."""
     state = run.save.state() if run.save else SaveState.PENDING
     return Flags(
@@ -235,7 +237,7 @@ def trainer_state(run: Run) -> dict[str, Any]:
         "running_norm": None if run.running_norm is None else run.running_norm.tolist(),
         "precision": run.precision,
         "loss_scale": None if run.loss_scale is None else run.loss_scale.tolist(),
-        "mixture": run.loader.state_dict(),
+        "mixture": run.mixture.state_dict(),
         "schedule": schedules.state_dict(config.schedule, config.optim.lr, run.step, plan.total_steps),
         "rng": {"scheme": RNG_SCHEME, "seed": config.run.seed},
         "meter": run.meter.state_dict(),
@@ -302,8 +304,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
         check_epochs(run.config, run.mixture, run.plan.total_steps)
     except UserError as error:
         raise located(run.config, error) from None
-    load_model_state_dict(run.model, reader.read_into)
-    load_optimizer_state_dict(run.model, run.optimizer, reader.read_into)
+    load_training_state(run.model, run.optimizer, reader.read_into)
     if states := reader.read_rng(run.process.rank):
         load_rng_state_dict(states)
     # A source of an earlier stage keeps its place among the names, so the meter is made for those of now.

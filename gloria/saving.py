@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gloria.dist.checkpoint import abandon, begin_save, finish, publish
 from gloria.dist.state import Shard, rng_state_dict
 from gloria.dist.step_sums import StepSums
 from gloria.tell import tell_save
 
+if TYPE_CHECKING:
+    from gloria.finetune_run import Run as FinetuneRun
+    from gloria.run import Run as PretrainRun
 
-def begin(run: Any, tensors: dict[str, Shard], trainer: dict[str, Any], *, asynchronous: bool) -> None:
+    AnyRun = PretrainRun | FinetuneRun
+
+
+def begin(run: AnyRun, tensors: dict[str, Shard], trainer: dict[str, Any], *, asynchronous: bool) -> None:
     """Start the checkpoint of this step, of all that the run has to remember. One still under way is waited for."""
     run.watch.at(run.step, "checkpoint", patient=True)
     if run.save:
@@ -33,7 +39,7 @@ def begin(run: Any, tensors: dict[str, Shard], trainer: dict[str, Any], *, async
         tell_save(run, whole=finish(run.save))
 
 
-def settle(run: Any, sums: StepSums) -> None:
+def settle(run: AnyRun, sums: StepSums) -> None:
     """Publish the save under way once every rank has written its part, or let go of it where one has failed."""
     if not run.save or not (sums.saves_failed or sums.saves_done == run.process.world):
         return
@@ -44,7 +50,7 @@ def settle(run: Any, sums: StepSums) -> None:
         tell_save(run, whole=not run.process.is_main or publish(run.save))
 
 
-def wait(run: Any) -> None:
+def wait(run: AnyRun) -> None:
     """Let the save under way come to its end, at the end of a run."""
     if run.save:
         tell_save(run, whole=finish(run.save))

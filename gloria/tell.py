@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from gloria.dist.retention import prune
 from gloria.dist.step_sums import StepSums
 from gloria.metrics import peak_memory
 from gloria.run import Queued, Run
+
+if TYPE_CHECKING:
+    from gloria.saving import AnyRun
 
 
 def tell_step(run: Run, queued: Queued, sums: StepSums) -> None:
@@ -103,7 +107,7 @@ def end_trace(run: Run) -> None:
         run.log.event(run.step, "profile", path=str(path))
 
 
-def tell_save(run: Run, *, whole: bool) -> None:
+def tell_save(run: AnyRun, *, whole: bool) -> None:
     """A save is over: say how it went, and let go of checkpoints that are no longer wanted."""
     save, run.save = run.save, None
     if whole:

@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 from gloria.dist.agreement import gather
 from gloria.dist.checkpoint_read import read_trainer
-from gloria.dist.files import write_all
 from gloria.dist.manifest import checkpoint_path, read_manifest, saved_steps
 from gloria.dist.process import Process, agree, on_any_rank
 from gloria.dist.signals import stop_reason
 from gloria.dist.status import STATUS, RunStatus, read_status
 from gloria.errors import UserError, warn
+from gloria.files import write_all
 from gloria.metrics import json_line
 from gloria.tasks.report import table
 from gloria.tasks.tuned import is_tuned

@@ -135,6 +135,16 @@ def test_replicas_that_the_jobs_ranks_do_not_divide(job, sample_corpus):
     assert done.stderr == line
 
 
+def test_replicas_of_a_fine_tuning_are_held_against_the_jobs_ranks(job, tmp_path):
+    """And not against the batch script, which is one process."""
+    arguments = ["--task=assin2", "--model=launch", f"--run.dir={tmp_path / 'run'}"]
+    done = job("finetune", *arguments, "--dist.replicas=4")
+    assert (done.returncode, done.stdout) == (2, "")
+    line = "error: --dist.replicas: 4 does not divide the number of ranks, 6; give a divisor\n"
+    assert done.stderr == line
+    assert "does not divide" not in job("finetune", *arguments, "--dist.replicas=3").stderr
+
+
 def status(run: Path, state: str, step: int) -> str:
     """Shell that leaves a run in a state, as ranks would."""
     fields = f'"status": "{state}",\\n "step": {step},\\n "reason": "",\\n "launch": "x",\\n "heartbeat": 0'

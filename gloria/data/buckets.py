@@ -25,9 +25,11 @@ from gloria.data.recipe import SourceConfig
 from gloria.data.shards import ShardEntry, dtype_for_vocab, write_split
 from gloria.data.spill import Frame, cut_texts, deduplicate, read_kept, read_records
 from gloria.data.split import candidates
-from gloria.data.tokenizer import TextTokenizer, load_tokenizer
+from gloria.data.tokenizer import load_tokenizer
 
 ENCODE_BYTES = 1 << 20  # text tokenised at a time: its encodings take many times its size
+
+_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,12 @@ def survey(task: BucketTask) -> Survey:
 
 
 def is_valid(records: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Which documents are for validation, bool (documents,): split-hash below the source's bound,
-    (sources,).
-    """
+    """Which documents are for validation, bool (documents,): split-hash below the source's bound, (sources,)."""
     return records["low"] < bounds[records["source"]]
 
 
 def draw(task: BucketTask) -> np.ndarray:
-    """Write the bucket's part of the tokenizer's sample to `task.out`, for `read_sample`; bytes by source,
-    (sources,).
+    """Write the bucket's part of the tokenizer's sample to `task.out`, for `read_sample`; bytes by source, (sources,).
 
     A document for training is drawn with its source's chance. What decides is the sum of the hash's halves,
     which is independent of the half that splits, and of the half that orders.
@@ -154,11 +153,6 @@ def tokenise(task: BucketTask) -> tuple[list[Segment], float]:
     return _segments(task.out, group[order], lengths, records["size"][order], words), seconds
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: str) -> TextTokenizer:
-    return load_tokenizer(folder)
-
-
 def _batches(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     """Ranges of neighbouring documents, each of about ENCODE_BYTES of text."""
     number = (np.cumsum(sizes) - sizes) // ENCODE_BYTES
@@ -182,9 +176,7 @@ def _segments(
 
 @dataclass(frozen=True)
 class GatherTask:
-    """One split of one source: its segments in bucket order, and the shards' prefix below the corpus
-    folder.
-    """
+    """One split of one source: its segments in bucket order, and the shards' prefix below the corpus folder."""
 
     segments: Sequence[Segment]
     folder: str

@@ -27,7 +27,7 @@ from gloria.data.split import candidates, validation_bound
 from gloria.data.stream import TokenStream
 from gloria.data.tokenizer import TextTokenizer, tokenizer_fingerprint
 from gloria.errors import UserError, warn
-from gloria.files import hash_file, sync_folder
+from gloria.files import hash_file, read_json_object, write_whole
 from gloria.options import from_mapping, option
 
 FORMAT = 1
@@ -102,8 +102,7 @@ class Corpus:
         entry: SplitEntry = getattr(self.source(name), split)
         if not entry.shards:
             raise UserError(f'{self.folder}: source "{name}" has no {split} tokens; give it more documents')
-        shards = [_map_shard(self.folder, shard) for shard in entry.shards]
-        return TokenStream(name, shards, _fingerprint(entry))
+        return TokenStream([_map_shard(self.folder, shard) for shard in entry.shards], _fingerprint(entry))
 
 
 def source_fingerprint(entry: SourceEntry) -> str:
@@ -113,28 +112,16 @@ def source_fingerprint(entry: SourceEntry) -> str:
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write `manifest.json`, durable and by rename: it is there whole or not at all."""
-    path = Path(folder) / MANIFEST
-    temporary = path.with_name(f"{MANIFEST}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(folder)
+    write_whole(Path(folder) / MANIFEST, json.dumps(asdict(manifest), ensure_ascii=False, indent=1).encode() + b"\n")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The checked manifest of a corpus; `UserError` has every problem, each with its place in the file."""
     path = Path(folder) / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path, AGAIN)
     except FileNotFoundError:
         raise UserError(_why_missing(Path(folder))) from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: is no JSON ({error}); {AGAIN}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is no JSON object; {AGAIN}")
     if values.get("format") != FORMAT:
         raise UserError(f"{path}: format is {values.get('format')}, and this version reads {FORMAT}; {AGAIN}")
     manifest = from_mapping(Manifest, values, str(path))
@@ -199,7 +186,7 @@ def adopt_megatron(
         raise UserError(f'source "{name}": there is no document in its shards; check its paths')
     order = candidates(np.zeros(len(hashes), np.int64), hashes, sizes)
     bound = validation_bound(hashes[order], sizes[order], len(hashes), int(sizes.sum()))
-    valid = hashes <= np.uint64(bound - 1) if bound else np.zeros(len(hashes), bool)
+    valid = hashes < np.uint64(bound)
     ends = np.cumsum([len(survey.hashes) for survey in surveys])[:-1]
     splits = {}
     for split, mask in zip(SPLITS, (~valid, valid)):

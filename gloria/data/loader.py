@@ -38,8 +38,8 @@ class Loader:
     """An endless iterator over the batches that a run takes from `mixture.next_sample` on.
 
     A batch that has been handed out counts as consumed: `mixture.next_sample` is then behind it, whatever the thread
-    has read ahead, and `state_dict` is of that moment. A change of the mixture between two batches (a stage, a batch
-    size, a loaded state, another `next_sample`) takes effect at once: what was read ahead is thrown away.
+    has read ahead, and its `state_dict` is of that moment. A change of the mixture between two batches (a stage, a
+    batch size, a loaded state, another `next_sample`) takes effect at once: what was read ahead is thrown away.
 
     `streams` are the sources by name, of which those in use must be there. Raises `UserError` for a global batch that
     the ranks do not divide; what goes wrong in the thread is raised where the batch is asked for. `close` (or leaving
@@ -89,16 +89,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The mixture's state as of the last batch handed out, the same on every rank."""
-        return self.mixture.state_dict()
-
-    def load_state_dict(
-        self, state: Mapping[str, Any], *, allow_change: bool = False, new_epoch: bool = False
-    ) -> list[str]:
-        """Go on where `state` left off; see `Mixture.load_state_dict`."""
-        return self.mixture.load_state_dict(state, allow_change=allow_change, new_epoch=new_epoch)
 
     def close(self) -> None:
         """End the thread and drop what it has read; asked again, the loader goes on at `mixture.next_sample`."""

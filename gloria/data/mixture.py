@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from gloria.data.changes import Unread, redefined_sources, tell_shares, tell_windows, unread_windows
+from gloria.data.changes import redefined_sources, tell_shares, tell_windows
 from gloria.data.mixture_state import (
     ALGORITHM,
     VERSION,
@@ -130,10 +130,6 @@ class Mixture:
         ordinals = ordinals_at(self.seed, stage, sample)
         return {name: ordinal / size for name, ordinal, size in zip(stage.names, ordinals, stage.windows)}
 
-    def unread_at(self, sample: int) -> dict[str, Unread]:
-        """What a source whose windows became others at `sample` would leave unread of its epoch, if anything."""
-        return unread_windows(self.seed, self.stage(sample), sample)
-
     def samples_of_step(self, step: int) -> range:
         """The samples that a step takes, counted from step 0; a future step as things stand now."""
         size = self.batches[bisect_right(self.batches, step, key=lambda size: size.step) - 1]
@@ -145,16 +141,17 @@ class Mixture:
         size = self.batches[bisect_right(self.batches, sample, key=lambda size: size.sample) - 1]
         return size.step + (sample - size.sample) // size.batch
 
-    def begin_stage(self, start: int, weights: Mapping[str, float], *, period: int | None = None) -> None:
+    def begin_stage(self, start: int, weights: Mapping[str, float]) -> None:
         """Mix by `weights` from sample `start` on; a source that is not named, or has weight 0, is left out.
 
         Raises `UserError` for weights that cannot be, and the mixture is as it was.
         """
-        assert start >= self.stages[-1].start, "a stage cannot begin before the one it follows"
+        last = self.stages[-1]
+        assert start >= last.start, "a stage cannot begin before the one it follows"
         earlier, before, redefined = _followed(self, start)
-        period = period or self.stages[-1].period
-        length = self.sequence_length
-        stage = next_stage(self.seed, start, length, self.sources, weights, period, before, redefined)
+        stage = next_stage(
+            self.seed, start, last.sequence_length, self.sources, weights, last.period, before, redefined
+        )
         _set_stages(self, (*earlier, stage))
 
     def leave_out(self, samples: range) -> list[str]:

@@ -7,23 +7,22 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from gloria.data.stages import LARGEST_PERIOD, Stage, count_sources, largest_remainder, next_bases
+from gloria.data.stages import LARGEST, LARGEST_PERIOD, Stage, count_sources, largest_remainder, next_bases
 from gloria.errors import UserError
 from gloria.options import from_mapping, option
 
 VERSION = 2  # of the state's layout
 READABLE = (1, VERSION)  # 1 could leave no samples out
 ALGORITHM = "gloria-mixture-1"  # of the order of samples: another name wherever one sample would be another
-_LARGEST = (1 << 62) - 1
 
 
 @dataclass(frozen=True)
 class BatchSize:
     """From step `step` on, which begins at sample `sample`, a step takes `batch` samples."""
 
-    step: int = option(minimum=0, maximum=_LARGEST)
-    sample: int = option(minimum=0, maximum=_LARGEST)
-    batch: int = option(minimum=1, maximum=_LARGEST)
+    step: int = option(minimum=0, maximum=LARGEST)
+    sample: int = option(minimum=0, maximum=LARGEST)
+    batch: int = option(minimum=1, maximum=LARGEST)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class MixtureState:
 
     version: int
     seed: int
-    next_sample: int = option(minimum=0, maximum=_LARGEST)
+    next_sample: int = option(minimum=0, maximum=LARGEST)
     stages: tuple[Stage, ...]
     batches: tuple[BatchSize, ...]
     fingerprints: Fingerprints

@@ -54,9 +54,7 @@ def _remove_stale(folder: Path, out: Path) -> None:
 
 
 def publish(made: Path, out: Path, *, replace: bool = False) -> None:
-    """Rename the finished folder `made` to `out`, durably; with `replace` a folder there goes into `made`'s
-    parent.
-    """
+    """Rename the finished folder `made` to `out`, durably; with `replace` a folder there goes into `made`'s parent."""
     for folder, _, names in os.walk(made):
         for name in names:
             with open(Path(folder, name), "rb") as file:

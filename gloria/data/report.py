@@ -1,6 +1,4 @@
-"""What a corpus holds, as a table: documents in and kept, tokens, weights, and the epochs a budget makes of
-it.
-"""
+"""What a corpus holds, as a table: documents in and kept, tokens, weights, and the epochs a budget makes of it."""
 
 from __future__ import annotations
 
@@ -68,14 +66,13 @@ def _row(source: SourceEntry, reasons: Sequence[str], total_weight: float) -> li
     ]
 
 
-def weights_within(
-    weights: Mapping[str, float], tokens: Mapping[str, int], budget: int, epochs: float = MOST_EPOCHS
-) -> dict[str, float] | None:
-    """Weights with which a budget of training tokens makes at most `epochs` of each source: those of the
-    sources above it are lowered, all others stay. None where no weights do, because all sources together
-    are too small.
+def weights_within(weights: Mapping[str, float], tokens: Mapping[str, int], budget: int) -> dict[str, float] | None:
+    """Weights with which a budget of training tokens makes at most MOST_EPOCHS of each source.
+
+    Those of the sources above it are lowered, all others stay. None where no weights do, because all sources
+    together are too small.
     """
-    limits = {name: epochs * tokens[name] / budget for name in weights}  # of a source's share
+    limits = {name: MOST_EPOCHS * tokens[name] / budget for name in weights}  # of a source's share
     lowered: set[str] = set()
     while True:
         share = sum(limits[name] for name in lowered)

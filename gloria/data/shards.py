@@ -53,7 +53,6 @@ class Index:
 
     dtype: np.dtype
     lengths: np.ndarray  # (sequences,) int32, tokens
-    pointers: np.ndarray  # (sequences,) int64, bytes from the start of the .bin
     document_indices: np.ndarray  # (documents + 1,) int64, sequences
 
     @property
@@ -182,7 +181,7 @@ def read_index(prefix: str | os.PathLike[str]) -> Index:
     needed = int(offsets[-1]) * dtype.itemsize
     if size != needed:
         _refuse(f"{prefix}.bin", f"is {size} bytes, but its .idx lists {offsets[-1]} tokens, {needed} bytes")
-    return Index(dtype, lengths, pointers, document_indices)
+    return Index(dtype, lengths, document_indices)
 
 
 def map_tokens(prefix: str | os.PathLike[str], *, in_order: bool = False) -> np.ndarray:

@@ -165,9 +165,7 @@ def _some(places: Sequence[str], number: int) -> str:
 
 
 def scatter(task: ScatterTask) -> tuple[list[PieceCounts], dict[int, list[Frame]]]:
-    """Read, clean and hash the pieces' documents into the task's spill file; counts by piece, frames by
-    bucket.
-    """
+    """Read, clean and hash the pieces' documents into the task's spill file; counts by piece, frames by bucket."""
     with open(task.spill, "wb") as file:
         spill = _Spill(file, task.spill, task.buckets)
         counts = [_scatter_piece(piece, task, spill) for piece in task.pieces]

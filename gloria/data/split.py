@@ -1,5 +1,4 @@
-"""Which documents of a source are for validation: those of the smallest split-hashes, up to a share of its
-text.
+"""Which documents of a source are for validation: those of the smallest split-hashes, up to a share of its text.
 
 The choice hangs on the documents' contents alone, so neither files nor workers nor other documents' order
 move it.

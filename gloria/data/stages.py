@@ -20,7 +20,7 @@ from gloria.data.permutation import absorb_array, derive_key, permute, random_nu
 from gloria.options import option
 
 LARGEST_PERIOD = 1 << 20  # (quota << 40) stays below 2**64, and a planned period below 25 MB
-_LARGEST = (1 << 62) - 1  # ordinals and samples stay far from the end of int64
+LARGEST = (1 << 62) - 1  # ordinals and samples stay far from the end of int64
 
 
 class Samples(NamedTuple):
@@ -39,19 +39,19 @@ class Stage:
     place. A source's *ordinal* counts its windows over all epochs: ordinal o is epoch o // windows.
     """
 
-    start: int = option(minimum=0, maximum=_LARGEST)
-    sequence_length: int = option(minimum=1, maximum=_LARGEST)
+    start: int = option(minimum=0, maximum=LARGEST)
+    sequence_length: int = option(minimum=1, maximum=LARGEST)
     names: tuple[str, ...]
     weights: tuple[float, ...] = option(minimum=0)
     quotas: tuple[int, ...] = option(minimum=0, maximum=LARGEST_PERIOD)
-    bases: tuple[int, ...] = option(minimum=0, maximum=_LARGEST)  # ordinal of the first window in this stage
-    taken: tuple[int, ...] = option(minimum=0, maximum=_LARGEST)  # samples before this stage
-    windows: tuple[int, ...] = option(minimum=1, maximum=_LARGEST)
+    bases: tuple[int, ...] = option(minimum=0, maximum=LARGEST)  # ordinal of the first window in this stage
+    taken: tuple[int, ...] = option(minimum=0, maximum=LARGEST)  # samples before this stage
+    windows: tuple[int, ...] = option(minimum=1, maximum=LARGEST)
     redefined: tuple[str, ...] = option(())  # sources that have had other shards, or another tokenizer, before
     # A stage that leaves samples out goes on in the order of an earlier one, which began at `order`, behind them:
     # its first sample is that order's draw number `drawn`. `bases` are those of draw 0.
-    order: int | None = option(None, minimum=0, maximum=_LARGEST)
-    drawn: int = option(0, minimum=0, maximum=_LARGEST)
+    order: int | None = option(None, minimum=0, maximum=LARGEST)
+    drawn: int = option(0, minimum=0, maximum=LARGEST)
 
     @property
     def period(self) -> int:

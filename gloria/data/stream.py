@@ -14,8 +14,7 @@ class TokenStream:
     with it. Tokens after the last whole window are never read. `fingerprint` tells these tokens from any others.
     """
 
-    def __init__(self, name: str, shards: Sequence[np.ndarray], fingerprint: str) -> None:
-        self.name = name
+    def __init__(self, shards: Sequence[np.ndarray], fingerprint: str) -> None:
         self.shards = [shard for shard in shards if shard.size]
         self.fingerprint = fingerprint
         self.dtype = np.result_type(np.uint16, *self.shards)  # holds the tokens of every shard
@@ -61,7 +60,7 @@ class TokenStream:
             self._items[length] = [
                 np.ndarray(
                     max(0, shard.size - length),
-                    _item(shard.dtype, length + 1),
+                    np.dtype((np.void, (length + 1) * shard.itemsize)),
                     buffer=shard,
                     strides=shard.strides,
                 )
@@ -78,10 +77,6 @@ class TokenStream:
             count -= pieces[-1].size
             begin, shard = 0, shard + 1
         return np.concatenate(pieces)
-
-
-def _item(dtype: np.dtype, count: int) -> np.dtype:
-    return np.dtype((np.void, count * dtype.itemsize))
 
 
 def _copy(items: np.ndarray, starts: np.ndarray, dtype: np.dtype, out: np.ndarray, rows: np.ndarray) -> None:

@@ -45,9 +45,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 
 
 class Document(NamedTuple):
-    """One document as it was read: its text, or what is wrong with the line (row, block) it should come
-    from.
-    """
+    """One document as it was read: its text, or what is wrong with the line (row, block) it should come from."""
 
     line: int  # first line of the document in its file (or in the byte range read), row for Parquet; from 1
     text: str
@@ -207,9 +205,7 @@ def _parquet_rows(path: str, field: str) -> Iterator[Document]:
 
 
 def _column_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
-    """The raw bytes of a text column, so that a value that is not UTF-8 spoils its own row only; None
-    elsewhere.
-    """
+    """The raw bytes of a text column, so that a value that is not UTF-8 spoils its own row only; None elsewhere."""
     types = pyarrow.types
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -232,9 +228,7 @@ def _decompressor() -> zstandard.ZstdDecompressionObj:
 
 
 class _ZstandardFile(io.RawIOBase):
-    """A Zstandard file of any number of frames; zstandard's own reader takes a file cut short for a whole
-    one.
-    """
+    """A Zstandard file of any number of frames; zstandard's own reader takes a file cut short for a whole one."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)

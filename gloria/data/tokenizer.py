@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,10 +22,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gloria.data.shards import dtype_for_vocab
 from gloria.errors import UserError, warn
+from gloria.files import read_json_object
 from gloria.options import option
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
+ROLES = ("eos_token", "pad_token", "bos_token", "unk_token")  # of special tokens, as Hugging Face names them
 SPACE = "\u2581"  # SentencePiece's visible space
 NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a length limit
 SENTENCEPIECE_THREADS = 4  # a constant, not the number of cores: the trained pieces depend on it
@@ -263,8 +264,7 @@ def _convert(path_or_name: str) -> tuple[str, dict[str, str]]:
     if backend is None:
         kind = type(loaded).__name__
         raise UserError(f"{path_or_name}: {kind} has no tokenizer.json form; save it as a fast tokenizer")
-    keys = ("eos_token", "pad_token", "bos_token", "unk_token")
-    names = {key: str(getattr(loaded, key)) for key in keys if getattr(loaded, key) is not None}
+    names = {key: str(getattr(loaded, key)) for key in ROLES if getattr(loaded, key) is not None}
     return backend.to_str(pretty=True), names
 
 
@@ -273,22 +273,12 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if path.is_file():
-            values = _read_json(path)
-            for key in ("eos_token", "pad_token", "bos_token", "unk_token"):
+            values = read_json_object(path, "save the tokenizer again")
+            for key in ROLES:
                 value = values.get(key)
                 value = value.get("content") if isinstance(value, dict) else value  # an AddedToken as JSON
                 names |= {key: value} if isinstance(value, str) else {}
     return names
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}); save the tokenizer again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is no JSON object; save the tokenizer again")
-    return values
 
 
 def _token_id(backend: Tokenizer, name: str | None, folder: str | os.PathLike[str], key: str) -> int | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from gloria.errors import UserError
 from gloria.fields import flatten
 from gloria.options import to_mapping
 
+Made = TypeVar("Made")
 SHARED_SECONDS = 60.0  # a file server may show a new file that late to a node that has looked before
 
 
@@ -60,6 +61,18 @@ def require_same_recipe(process: Process, recipe: object, corpus: Manifest | Non
         own["data.corpus: tokenizer"] = corpus.tokenizer["fingerprint"]
         own |= {f"data.corpus: source {entry.name}": source_fingerprint(entry) for entry in corpus.sources}
     require_same(process, own)
+
+
+def on_all_ranks(process: Process, make: Callable[[], Made]) -> Made:
+    """What `make` gives on this rank; where it is a UserError on any, every rank ends, and rank 0 says why."""
+    made, problems = None, []
+    try:
+        made = make()
+    except UserError as error:
+        problems = list(error.problems)
+    said = gather({"problems": problems})
+    _end_all(process, list(dict.fromkeys(problem for fact in said for problem in fact["problems"])))
+    return made
 
 
 def require_shared(process: Process, file: Path, text: str) -> None:

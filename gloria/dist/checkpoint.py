@@ -34,14 +34,6 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from gloria.dist.files import (
-    MAX_JSON_BYTES,
-    parse_json_object,
-    read_bounded,
-    to_json,
-    write_file,
-    write_whole,
-)
 from gloria.dist.manifest import (
     FORMAT,
     LATEST,
@@ -57,7 +49,15 @@ from gloria.dist.retention import remove_checkpoint
 from gloria.dist.state import Shard
 from gloria.dist.tensor_file import write_tensor_file
 from gloria.errors import UserError, warn
-from gloria.files import sync_folder
+from gloria.files import (
+    MAX_JSON_BYTES,
+    parse_json_object,
+    read_bounded,
+    sync_folder,
+    to_json,
+    write_file,
+    write_whole,
+)
 
 
 class SaveState(IntEnum):
@@ -218,8 +218,7 @@ def _copy_to_host(shards: dict[str, Shard], staging: dict[str, Tensor]) -> dict[
 
 
 def _write_part(save: Save, shards: dict[str, Shard]) -> None:
-    """A rank's file, then its note. Any exception becomes the FAILED state: raised in a thread it would be
-    lost."""
+    """A rank's file, then its note. Any exception becomes the FAILED state: raised in a thread it would be lost."""
     start = time.perf_counter()
     try:
         save.folder.mkdir(parents=True, exist_ok=True)

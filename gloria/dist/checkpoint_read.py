@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gloria.dist.files import CHUNK_BYTES, open_plain, parse_json_object, read_bounded
 from gloria.dist.manifest import (
     FORMAT,
     MANIFEST,
@@ -32,15 +31,14 @@ from gloria.dist.manifest import (
 )
 from gloria.dist.tensor_file import Piece, byte_view, read_tensor_file
 from gloria.errors import UserError, warn
-from gloria.files import hash_file
+from gloria.files import CHUNK_BYTES, hash_file, open_plain, parse_json_object, read_bounded
 
 _PREADV_BYTES = 1 << 30  # Linux reads just under 2 GB a call at most
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One checkpoint folder of a run. `problems` is empty for a valid one; `saved_at` None without a
-    manifest."""
+    """One checkpoint folder of a run. `problems` is empty for a valid one; `saved_at` None without a manifest."""
 
     step: int
     path: Path
@@ -60,8 +58,7 @@ class Reader:
     rng: tuple[dict[str, Piece], ...]  # by rank
 
     def read_into(self, name: str, tensor: Tensor, offset: int, shape: tuple[int, ...]) -> None:
-        """Fill `tensor`, the rows from `offset` of the tensor `name` of global `shape`, from the pieces it
-        overlaps.
+        """Fill `tensor`, the rows from `offset` of the tensor `name` of global `shape`, from the pieces it overlaps.
 
         Host memory is filled in place; any other device by way of a small buffer. UserError names both values
         where the checkpoint's tensor has another shape or dtype, or does not exist.
@@ -99,7 +96,6 @@ def open_reader(path: Path) -> Reader:
 
     Hashes are not checked here (`verify`, which `find_checkpoint` calls). Raises UserError naming the file.
     """
-    path = Path(path)
     manifest = read_manifest(path)
     gathered: dict[str, list[Piece]] = {}
     rng: list[dict[str, Piece]] = []
@@ -123,8 +119,8 @@ def open_reader(path: Path) -> Reader:
 
 def read_trainer(path: Path) -> dict[str, Any]:
     """What the loop gave to remember (`trainer` of `begin_save`), of the checkpoint folder `path`."""
-    file = Path(path) / TRAINER
-    manifest = read_manifest(Path(path))
+    file = path / TRAINER
+    manifest = read_manifest(path)
     content = parse_json_object(read_bounded(file), file)
     if content.get("format") != FORMAT or not isinstance(content.get("state"), dict):
         raise UserError(f"{file}: is not the trainer state of a checkpoint of format {FORMAT}")
@@ -138,7 +134,6 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
 
     Sizes and structure always, contents with `hashes` (all files are read, several at a time).
     """
-    path = Path(path)
     try:
         manifest = read_manifest(path)
     except UserError as error:
@@ -163,8 +158,7 @@ def strangers(path: Path) -> list[str]:
 
 
 def list_checkpoints(run_dir: Path, hashes: bool = False) -> list[Listed]:
-    """All checkpoint folders of a run by step, each with what is wrong with it (contents only with
-    `hashes`)."""
+    """All checkpoint folders of a run by step, each with what is wrong with it (contents only with `hashes`)."""
     found = []
     for step in saved_steps(run_dir):
         path = checkpoint_path(run_dir, step)

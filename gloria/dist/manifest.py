@@ -15,8 +15,8 @@ from typing import Any
 
 import xxhash
 
-from gloria.dist.files import MAX_JSON_BYTES, brief, parse_json_object, read_bounded, to_json
 from gloria.errors import UserError
+from gloria.files import brief, parse_json_object, read_bounded, to_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ class Manifest:
 
 def checkpoints_folder(run_dir: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
+    return run_dir / "checkpoints"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -60,8 +60,7 @@ def rank_file(rank: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The step a folder's name tells, or None where it is no checkpoint's (half-written, set aside, a
-    stranger)."""
+    """The step a folder's name tells, or None where it is no checkpoint's (half-written, set aside, a stranger)."""
     match = re.fullmatch(r"step-(\d{8,18})", path.name)
     return int(match[1]) if match and path.name == f"step-{int(match[1]):08d}" else None
 
@@ -82,10 +81,14 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint folder `path`. UserError names the file and what is wrong with it."""
-    if not stat.S_ISDIR(_mode(path)):
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISDIR(mode):
         raise UserError(f"{path}: is not a folder (symbolic links are not followed here)")
     file = path / MANIFEST
-    data = read_bounded(file, MAX_JSON_BYTES)
+    data = read_bounded(file)
     content = parse_json_object(data, file)
     if content.get("format") != FORMAT:
         raise UserError(f"{file}: has format {content.get('format')!r}; this version reads format {FORMAT}")
@@ -99,13 +102,6 @@ def read_manifest(path: Path) -> Manifest:
     if manifest.step != step_of(path):
         raise UserError(f"{file}: belongs to step {manifest.step}")
     return manifest
-
-
-def _mode(path: Path) -> int:
-    try:
-        return os.lstat(path).st_mode
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:

@@ -33,8 +33,7 @@ def check_free_space(run_dir: Path, needed: int, keep: int) -> None:
 
 
 def prune(run_dir: Path, keep: int, keep_every: int = 0) -> list[int]:
-    """Delete what is older than the `keep` newest valid checkpoints, except every `keep_every`-th step (0:
-    none).
+    """Delete what is older than the `keep` newest valid checkpoints, except every `keep_every`-th step (0: none).
 
     Gives the steps deleted. Call it after the newest is durable. What is not valid never counts as kept.
     """

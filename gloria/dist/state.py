@@ -25,8 +25,7 @@ ReadInto = Callable[[str, Tensor, int, tuple[int, ...]], None]
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows `offset : offset + len(tensor)` of a tensor of the global `shape`; a scalar is one whole
-    piece.
+    """The rows `offset : offset + len(tensor)` of a tensor of the global `shape`; a scalar is one whole piece.
 
     `tensor` shares memory with the live state. `owner` is False where another rank writes the very same piece
     (an HSDP replica, a scalar that all ranks hold).
@@ -45,13 +44,6 @@ def model_state_dict(model: nn.Module) -> dict[str, Shard]:
     return {f"model.{name}": _local_shard(tensor) for name, tensor in model.state_dict().items()}
 
 
-def load_model_state_dict(model: nn.Module, read: ReadInto) -> None:
-    """Fill every parameter and persistent buffer in place. They must have memory (`to_empty` first, not
-    meta)."""
-    for name, shard in model_state_dict(model).items():
-        _fill(name, shard, read)
-
-
 def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
     """This rank's rows of the optimizer's state, as `optim.KEY.NAME`.
 
@@ -66,17 +58,19 @@ def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return found
 
 
-def load_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, read: ReadInto) -> None:
-    """Fill the optimizer's state in place, without taking a step. Learning rates are no part of it: they are
-    a function of the step.
+def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, read: ReadInto) -> None:
+    """Fill every parameter, persistent buffer and the optimizer's state in place, without taking a step.
+
+    They must have memory (`to_empty` first, not meta). Learning rates are no part of it: they are a function of the
+    step.
     """
-    for name, shard in optimizer_state_dict(model, optimizer).items():
-        _fill(name, shard, read)
+    for name, shard in {**model_state_dict(model), **optimizer_state_dict(model, optimizer)}.items():
+        assert not shard.tensor.is_meta, f"{name} is on the meta device: call model.to_empty(device=...) before loading"
+        read(name, shard.tensor, shard.offset, shard.shape)
 
 
 def rng_state_dict() -> dict[str, Tensor]:
-    """The raw states of torch's generators on this rank, as uint8 tensors on the host: `cpu`, and `cuda` if
-    any."""
+    """The raw states of torch's generators on this rank, as uint8 tensors on the host: `cpu`, and `cuda` if any."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -84,8 +78,7 @@ def rng_state_dict() -> dict[str, Tensor]:
 
 
 def load_rng_state_dict(states: dict[str, Tensor]) -> None:
-    """Set torch's generators to saved states. A device's state without such a device here is said, not
-    used."""
+    """Set torch's generators to saved states. A device's state without such a device here is said, not used."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         if torch.cuda.is_available():
@@ -120,11 +113,6 @@ def _local_shard(tensor: Tensor) -> Shard:
     local = tensor.to_local().detach()
     assert not shape or local.shape[0] == rows, f"{local.shape[0]} rows here, {rows} expected"
     return Shard(local, shape, first, owner)
-
-
-def _fill(name: str, shard: Shard, read: ReadInto) -> None:
-    assert not shard.tensor.is_meta, f"{name} is on the meta device: call model.to_empty(device=...) before loading"
-    read(name, shard.tensor, shard.offset, shard.shape)
 
 
 def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, str]]:

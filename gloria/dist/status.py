@@ -19,8 +19,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gloria.dist.files import brief, parse_json_object, read_bounded, to_json, write_all, write_whole
 from gloria.errors import UserError, warn
+from gloria.files import brief, parse_json_object, read_bounded, to_json, write_all, write_whole
 
 LOCK = "lock"
 STATUS = "status.json"
@@ -69,7 +69,6 @@ def claim_run(
     taken over at once; one of another machine is watched until it beats (refused) or is stale (taken over,
     with a `warning:` line).
     """
-    run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = run_dir / LOCK
     while not _create(lock, _lock_bytes(launch)):
@@ -102,9 +101,9 @@ def release_run(claim: Claim) -> None:
         (claim.run_dir / LOCK).unlink()
 
 
-def read_status(run_dir: Path, stale_seconds: float = STALE_SECONDS) -> RunStatus:
+def read_status(run_dir: Path) -> RunStatus:
     """How a run stands. UserError where no run has been there or the file is not one of ours."""
-    file = Path(run_dir) / STATUS
+    file = run_dir / STATUS
     if not os.path.lexists(file):
         raise UserError(f"{run_dir}: holds no run (no {STATUS})")
     content = parse_json_object(read_bounded(file), file)
@@ -115,7 +114,7 @@ def read_status(run_dir: Path, stale_seconds: float = STALE_SECONDS) -> RunStatu
             reason=str(content["reason"]),
             launch=str(content["launch"]),
             heartbeat=float(content["heartbeat"]),
-            alive=_is_alive(Path(run_dir) / LOCK, stale_seconds),
+            alive=_is_alive(run_dir / LOCK),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: is not a run's status ({brief(error)})") from None
@@ -202,8 +201,7 @@ def _read_lock(lock: Path) -> tuple[_Holder, int]:
 
 
 def _find_dead(lock: Path, stale_seconds: float) -> _Holder | None:
-    """The lock's holder once it is known to be dead; None when the lock has gone. UserError while it
-    lives."""
+    """The lock's holder once it is known to be dead; None when the lock has gone. UserError while it lives."""
     try:
         holder, modified = _read_lock(lock)
         alive = UserError(
@@ -245,14 +243,14 @@ def _take_over(lock: Path, dead: _Holder, launch: str, stale_seconds: float) -> 
         mutex.unlink(missing_ok=True)
 
 
-def _is_alive(lock: Path, stale_seconds: float) -> bool:
+def _is_alive(lock: Path) -> bool:
     try:
         holder, modified = _read_lock(lock)
     except FileNotFoundError:
         return False
     if _is_here(holder):
         return _process_start(holder.pid) == holder.started
-    return _age(lock, modified) <= stale_seconds
+    return _age(lock, modified) <= STALE_SECONDS
 
 
 def _age(path: Path, modified_ns: int) -> float:
@@ -268,8 +266,7 @@ def _age(path: Path, modified_ns: int) -> float:
 
 
 def _machine() -> str:
-    """Equal for two processes exactly when they see each other's process ids; "" where that cannot be
-    told."""
+    """Equal for two processes exactly when they see each other's process ids; "" where that cannot be told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -283,8 +280,7 @@ def _is_here(holder: _Holder) -> bool:
 
 
 def _process_start(pid: int) -> str:
-    """When a process of this machine started, or "" for one that is not there (or dead and not yet
-    collected).
+    """When a process of this machine started, or "" for one that is not there (or dead and not yet collected).
 
     A process id alone says little: it may belong to somebody else by now.
     """

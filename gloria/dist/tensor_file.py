@@ -21,9 +21,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from gloria.dist.files import CHUNK_BYTES, MAX_JSON_BYTES, brief, open_plain, parse_json_object, write_all
 from gloria.dist.state import Shard
 from gloria.errors import UserError
+from gloria.files import CHUNK_BYTES, MAX_JSON_BYTES, brief, open_plain, parse_json_object, write_all
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,10 +38,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class Cancelled(OSError):
-    """The save was abandoned while its file was being written."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def write_tensor_file(
 ) -> tuple[int, str]:
     """Write the shards, make them durable, and give (bytes, xxh3-128 in hex).
 
-    Raises OSError when the disk refuses and Cancelled (an OSError) once `cancelled` is set.
+    Raises OSError when the disk refuses and once `cancelled` is set.
     """
     # Large items first, so that every tensor starts at a multiple of its item size; else as they come, which is the
     # order they will be read in, so that the kernel reads ahead of it.
@@ -90,7 +86,7 @@ def write_tensor_file(
     try:
         for chunk in _chunks(header, shards, order):
             if cancelled.is_set():
-                raise Cancelled(f"{path}: abandoned")
+                raise OSError(f"{path}: abandoned")
             hasher.update(chunk)
             write_all(descriptor, chunk)
             size += len(chunk)
@@ -128,8 +124,7 @@ def _chunks(header: bytes, shards: dict[str, Shard], order: list[str]) -> Iterat
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Read and check a header: sizes, dtypes, ranges, and that the data fills the file without gap or
-    overlap.
+    """Read and check a header: sizes, dtypes, ranges, and that the data fills the file without gap or overlap.
 
     UserError `PATH: what is wrong` for anything that is not so.
     """

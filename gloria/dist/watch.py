@@ -70,22 +70,18 @@ def start_watch(watch: Watch) -> None:
 
 def write_place(watch: Watch, what: str) -> None:
     """Write to this rank's log where it is, and what is the matter; a full disk must not keep a run from ending."""
-    try:
-        _write_place(watch, what)
-    except OSError as error:
-        warn(f"{_log(watch, watch.rank)}: cannot be written ({error}); rank {watch.rank}: {what} in {watch.place}")
-
-
-def _write_place(watch: Watch, what: str) -> None:
-    watch.folder.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - watch.since, 1)
     place = {"launch": watch.launch, "rank": watch.rank, "step": watch.step, "phase": watch.phase}
-    with _log(watch, watch.rank).open("a") as file:
-        file.write(f"\n{MARK}{json.dumps({**place, 'seconds': seconds, 'what': what, 'time': time.time()})}\n")
-        file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
-    if flight := _flight_record():
-        (watch.folder / f"rank-{watch.rank:05d}.flight.json").write_bytes(flight)
+    try:
+        watch.folder.mkdir(parents=True, exist_ok=True)
+        with _log(watch, watch.rank).open("a") as file:
+            file.write(f"\n{MARK}{json.dumps({**place, 'seconds': seconds, 'what': what, 'time': time.time()})}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        if flight := _flight_record():
+            (watch.folder / f"rank-{watch.rank:05d}.flight.json").write_bytes(flight)
+    except OSError as error:
+        warn(f"{_log(watch, watch.rank)}: cannot be written ({error}); rank {watch.rank}: {what} in {watch.place}")
 
 
 def failed_ranks(watch: Watch) -> str:

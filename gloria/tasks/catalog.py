@@ -50,6 +50,11 @@ class Task:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.files) or TASKS[next(iter(self.parts))].splits
 
+    def has(self, folder: Path, split: str) -> bool:
+        """Whether the folder has the files of a split."""
+        parts = [TASKS[part] for part in self.parts] or [self]
+        return all(any((folder / name).is_file() for name in part.files.get(split, ())) for part in parts)
+
     def read(self, folder: Path | str, split: str) -> list[Example]:
         """The examples of a split, in the file's order. Raises `UserError` for a missing file or malformed rows."""
         return self.load(folder, split).examples

@@ -11,8 +11,6 @@ Such a class finds the last token of a row as the last that is not padding, so t
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gloria.files import replacement
 from gloria.tasks.encode import Row, Template, collate, read_template
 from gloria.tasks.heads import SCORE, SPAN
 from gloria.tasks.tuned import HEAD, Tuned, load_tuned
@@ -46,18 +45,11 @@ def export_head(folder: Path, out: Path) -> str:
 
     Where no class of transformers gives the same logits, the line begins with "none: ", and there is no folder.
     """
-    work, old = out.with_name(f".{out.name}-new"), out.with_name(f".{out.name}-old")
-    for path in (work, old):
-        shutil.rmtree(path, ignore_errors=True)
     try:
-        name, difference = _write(load_tuned(folder, torch.device("cpu")), folder, work)
+        with replacement(out) as work:
+            name, difference = _write(load_tuned(folder, torch.device("cpu")), folder, work)
     except CannotExport as reason:
-        shutil.rmtree(work, ignore_errors=True)
         return f"none: {reason}"
-    if out.exists():
-        os.rename(out, old)
-    os.rename(work, out)
-    shutil.rmtree(old, ignore_errors=True)
     return f"{out}: {name}, its logits differ from ours by {difference:.1g} at most"
 
 

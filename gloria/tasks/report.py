@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gloria
-from gloria.dist.files import write_whole
+from gloria.files import write_whole
 from gloria.tasks.catalog import Task
 from gloria.tasks.examples import Example, Guess
 from gloria.tasks.metrics import score
@@ -74,7 +74,9 @@ def table(results: Mapping[str, Any]) -> str:
             interval = f"{_number(value['low'])} to {_number(value['high'])}" if known else ""
             if "deviation" in value:
                 interval = f"deviation {value['deviation']:.4f}"
-            lines.append(f"{start.format(task, split, name)}{_number(value['value']):>9}  {interval:<20}{value['n']:>6}")
+            lines.append(
+                f"{start.format(task, split, name)}{_number(value['value']):>9}  {interval:<20}{value['n']:>6}"
+            )
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gloria.errors import UserError
-from gloria.tasks.catalog import TASKS, Task
+from gloria.tasks.catalog import Task
 
 SAMPLES = Path(__file__).with_name("sample")
 
@@ -18,8 +18,6 @@ def sample_folder(task: Task) -> Path:
     so that files alone do not tell whose they are. Raises `UserError` where there is no sample of the task.
     """
     folder = SAMPLES / task.name.partition("-")[0]
-    for part in [TASKS[name] for name in task.parts] or [task]:
-        for names in part.files.values():
-            if not any((folder / name).is_file() for name in names):
-                raise UserError(f"{task.name}: no sample of it comes with gloria; give --data the folder of its files")
+    if not all(task.has(folder, split) for split in task.splits):
+        raise UserError(f"{task.name}: no sample of it comes with gloria; give --data the folder of its files")
     return folder

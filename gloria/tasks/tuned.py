@@ -7,9 +7,7 @@ FOLDER/task.json                                            the task, its labels
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gloria.dist.files import parse_json_object, read_bounded, to_json
 from gloria.dist.process import Process
 from gloria.errors import UserError
+from gloria.files import parse_json_object, read_bounded, replacement, to_json
 from gloria.tasks.backbones import load_model, save_model
 from gloria.tasks.catalog import Task, find_task
 from gloria.tasks.encode import (
@@ -41,6 +39,7 @@ from gloria.tasks.examples import Example, Guess, PairGuess, SpanGuess
 from gloria.tasks.heads import LABEL, SCORE, SPAN, TaskModel
 
 TASK, HEAD = "task.json", "head.safetensors"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.no_grad()
-def row_outputs(tuned: Tuned, rows: Sequence[Row], batch_size: int, process: Process) -> np.ndarray:
+def row_outputs(
+    tuned: Tuned,
+    rows: Sequence[Row],
+    batch_size: int,
+    process: Process,
+    before_batch: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """What the heads say of every row, (rows, width) float64, the same on all ranks.
 
     Batches are formed over all rows, by length, and dealt out whole: any number of ranks computes the same
-    ones. Every rank makes the same number of passes, for a sharded model's forward is a collective.
+    ones. Every rank makes the same number of passes, for a sharded model's forward is a collective, and calls
+    `before_batch` before each, which may end it by an exception, on all ranks alike.
     """
     model, heads = tuned.model, tuned.inputs.heads
     width = 81 if SPAN in heads else sum(heads.values())
@@ -106,14 +112,17 @@ def row_outputs(tuned: Tuned, rows: Sequence[Row], batch_size: int, process: Pro
     batches = length_batches([len(row.ids) for row in rows], batch_size)
     training = model.training
     model.eval()
-    for at in range(0, len(batches), process.world):
-        number = at + process.rank
-        chosen = batches[min(number, len(batches) - 1)]
-        batch = collate([rows[row] for row in chosen], pad_id(tuned.tokenizer), process.device)
-        found = model(batch)
-        if number < len(batches):
-            outputs[chosen] = _flat(found, batch).cpu()
-    model.train(training)
+    try:
+        for at in range(0, len(batches), process.world):
+            before_batch()
+            number = at + process.rank
+            chosen = batches[min(number, len(batches) - 1)]
+            batch = collate([rows[row] for row in chosen], pad_id(tuned.tokenizer), process.device)
+            found = model(batch)
+            if number < len(batches):
+                outputs[chosen] = _flat(found, batch).cpu()
+    finally:
+        model.train(training)
     target = outputs.to(process.device)
     dist.all_reduce(target)
     return target.cpu().numpy()
@@ -143,11 +152,15 @@ def guesses(tuned: Tuned, examples: Sequence[Example], rows: Sequence[Row], outp
 
 
 def predict(
-    tuned: Tuned, examples: Sequence[Example], batch_size: int, process: Process
+    tuned: Tuned,
+    examples: Sequence[Example],
+    batch_size: int,
+    process: Process,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Guess], Encoded]:
-    """The answers to all examples, the same on every rank, and how they were encoded."""
+    """The answers to all examples, the same on every rank, and how they were encoded; arguments as of `row_outputs`."""
     encoded = encode(tuned, examples, training=False)
-    outputs = row_outputs(tuned, encoded.rows, batch_size, process)
+    outputs = row_outputs(tuned, encoded.rows, batch_size, process, before_batch)
     return guesses(tuned, examples, encoded.rows, outputs), encoded
 
 
@@ -163,18 +176,12 @@ def whole_state(model: TaskModel, keep: bool) -> dict[str, Tensor]:
 
 def save_tuned(tuned: Tuned, state: dict[str, Tensor], folder: Path, extra: dict[str, Any]) -> None:
     """Write the folder, in the place of an older one; for one rank. `extra` goes into task.json."""
-    work, old = folder.with_name(f".{folder.name}-new"), folder.with_name(f".{folder.name}-old")
-    for path in (work, old):
-        shutil.rmtree(path, ignore_errors=True)
     body = {key.removeprefix("backbone.body."): value for key, value in state.items() if key.startswith("backbone.")}
     heads = {key.removeprefix("heads."): value.contiguous() for key, value in state.items() if key.startswith("heads.")}
-    save_model(tuned.model.backbone, body, tuned.tokenizer, work, "float32")
-    save_file(heads, work / HEAD)
-    (work / TASK).write_bytes(to_json({"format": 1, **asdict(tuned.inputs), **extra}))
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacement(folder) as work:
+        save_model(tuned.model.backbone, body, tuned.tokenizer, work, "float32")
+        save_file(heads, work / HEAD)
+        (work / TASK).write_bytes(to_json({"format": FORMAT, **asdict(tuned.inputs), **extra}))
 
 
 def is_tuned(folder: str | Path) -> bool:
@@ -182,10 +189,18 @@ def is_tuned(folder: str | Path) -> bool:
     return (Path(folder) / TASK).is_file()
 
 
+def read_task_file(folder: Path) -> dict[str, Any]:
+    """What the folder says of its model: the fields of `Inputs`, and what else `save_tuned` was given."""
+    content = parse_json_object(read_bounded(folder / TASK), folder / TASK)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{folder / TASK}: has format {content.get('format')!r}; this version reads format {FORMAT}")
+    return content
+
+
 def load_tuned(folder: str | Path, device: torch.device) -> Tuned:
     """A fine-tuned model, whole, on `device`. `UserError` where files are missing or do not fit each other."""
     folder = Path(folder)
-    content = parse_json_object(read_bounded(folder / TASK), folder / TASK)
+    content = read_task_file(folder)
     try:
         inputs = Inputs(**{key: content[key] for key in Inputs.__dataclass_fields__})
         inputs = Inputs(**{**asdict(inputs), "labels": tuple(inputs.labels)})

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gloria.data import mixture as mixture_module
+from gloria.data.changes import unread_windows
 from gloria.data.mixture import Mixture, mixture_from_state, new_mixture
 from gloria.data.weights import Source
 from gloria.errors import UserError
@@ -158,9 +159,10 @@ def test_a_sequence_length_thought_better_of() -> None:
 
 def test_what_is_unread_where_an_epoch_has_just_ended() -> None:
     mixture = run_of({"poems": 1.0})
-    assert mixture.unread_at(0) == {}
-    assert mixture.unread_at(2 * 195) == {}
-    facts = mixture.unread_at(2 * 195 + 5)["poems"]
+    (stage,) = mixture.stages
+    assert unread_windows(mixture.seed, stage, 0) == {}
+    assert unread_windows(mixture.seed, stage, 2 * 195) == {}
+    facts = unread_windows(mixture.seed, stage, 2 * 195 + 5)["poems"]
     assert (facts.epoch, facts.windows, facts.tokens) == (2, 190, 190 * 16)
 
 

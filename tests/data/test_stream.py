@@ -15,7 +15,7 @@ from gloria.data.stream import TokenStream
 def stream_of(sizes: list[int], dtype: str = "<u2") -> TokenStream:
     """Shards of these sizes with the tokens 0, 1, 2, ..."""
     ends = np.cumsum(sizes)
-    return TokenStream("x", [np.arange(end - size, end, dtype=dtype) for size, end in zip(sizes, ends)], "print")
+    return TokenStream([np.arange(end - size, end, dtype=dtype) for size, end in zip(sizes, ends)], "print")
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 12), st.randoms())
@@ -39,7 +39,7 @@ def test_windows_go_to_the_rows_that_are_named() -> None:
 
 def test_shards_of_both_kinds_are_widened_and_never_wrapped() -> None:
     wide = np.array([70_000, 70_001, 70_002, 70_003], "<i4")
-    stream = TokenStream("x", [np.arange(5, dtype="<u2"), wide], "print")
+    stream = TokenStream([np.arange(5, dtype="<u2"), wide], "print")
     assert stream.dtype == np.int32
     out = np.zeros((4, 3), np.int32)
     stream.gather(np.arange(4), 2, out)
@@ -52,7 +52,7 @@ def test_small_ids_stay_small() -> None:
 
 def test_a_stream_without_tokens_has_no_windows() -> None:
     for shards in ([], [np.empty(0, np.uint16)]):
-        stream = TokenStream("x", shards, "print")
+        stream = TokenStream(shards, "print")
         assert (stream.num_tokens, stream.num_windows(4)) == (0, 0)
 
 
@@ -65,7 +65,7 @@ def test_a_window_that_is_not_there_is_not_made_up() -> None:
 def test_mapped_shards_are_read_in_place(tmp_path: Path) -> None:
     np.arange(1000, dtype="<u2").tofile(tmp_path / "shard.bin")
     mapped = np.memmap(tmp_path / "shard.bin", dtype="<u2", mode="r").view(np.ndarray)
-    stream = TokenStream("x", [mapped], "print")
+    stream = TokenStream([mapped], "print")
     out = np.zeros((2, 101), np.uint16)
     stream.gather(np.array([8, 2]), 100, out)
     assert out[:, 0].tolist() == [800, 200]

@@ -51,6 +51,26 @@ def ask_all(rank: int, world: int, folder: str) -> list[Any]:
     return [_answer(rank, world, ask) for ask in asked]
 
 
+def make_all(rank: int, world: int) -> list[Any]:
+    def make(bad: tuple[int, ...]) -> int:
+        if rank in bad:
+            raise UserError(f"{rank // 2}: is wrong")
+        return rank
+
+    process = Process(rank, world, torch.device("cpu"))
+    made = agreement.on_all_ranks(process, lambda: make(()))
+    return [made, *(_answer(rank, world, lambda p, b=bad: agreement.on_all_ranks(p, lambda: make(b))) for bad in BAD)]
+
+
+BAD = ((1,), (0, 1, 2))
+
+
+def test_what_one_rank_cannot_do_ends_all_and_is_told_once():
+    """A model that only one node lacks would leave the other ranks in a collective, and end them in a traceback."""
+    told = [["0: is wrong"], ["0: is wrong", "1: is wrong"]]
+    assert run_world(make_all, 3) == [[0, *told], [1, 2, 2], [2, 2, 2]]
+
+
 def test_rank_0_tells_and_all_end(tmp_path):
     first, *others = run_world(ask_all, 3, str(tmp_path))
     remedy = "start all ranks with the same recipe, flags, corpus and environment"

@@ -36,7 +36,7 @@ from gloria.dist.checkpoint_read import (
     verify,
 )
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.state import load_rng_state_dict, rng_state_dict
+from gloria.dist.state import load_rng_state_dict, load_training_state, rng_state_dict
 from gloria.dist.tensor_file import DTYPES
 from gloria.errors import UserError
 from tests.dist.toys import (
@@ -47,7 +47,6 @@ from tests.dist.toys import (
     cut,
     digest_tensors,
     full_state,
-    load_full_state,
     save_whole,
     state_digest,
     train_step,
@@ -199,7 +198,7 @@ def save_trained(rank: int, world: int, run_dir: Path, vocab: int, optimizer_nam
 def resume_trained(rank: int, world: int, run_dir: Path, vocab: int, optimizer_name: str, replicas: int):
     model, optimizer = build(vocab, optimizer_name, replicas, seed=1)
     model.eval()
-    load_full_state(model, optimizer, open_reader(find_checkpoint(run_dir)).read_into)
+    load_training_state(model, optimizer, open_reader(find_checkpoint(run_dir)).read_into)
     return state_digest(full_state(model, optimizer)), train_step(model, optimizer, 2)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gloria.dist.state import (
     load_rng_state_dict,
+    load_training_state,
     model_state_dict,
     optimizer_state_dict,
     rng_state_dict,
@@ -19,7 +20,6 @@ from tests.dist.toys import (
     build,
     digest_tensors,
     full_state,
-    load_full_state,
     state_digest,
     train_step,
     whole_tensors,
@@ -118,7 +118,7 @@ def load_into_another(rank: int, world: int, optimizer_name: str) -> tuple[str, 
         tensor.copy_(saved[name])
 
     other_model, other_optimizer = build(101, optimizer_name, seed=1)
-    load_full_state(other_model, other_optimizer, read)
+    load_training_state(other_model, other_optimizer, read)
     digests = [state_digest(full_state(m, o)) for m, o in ((model, optimizer), (other_model, other_optimizer))]
     losses = [train_step(m, o, 2) for m, o in ((model, optimizer), (other_model, other_optimizer))]
     return (*digests, *losses)
@@ -135,7 +135,7 @@ def test_a_model_without_memory_cannot_be_loaded():
     with torch.device("meta"):
         model, optimizer = build(101)
     with pytest.raises(AssertionError, match="is on the meta device: call model"):
-        load_full_state(model, optimizer, lambda *_: None)
+        load_training_state(model, optimizer, lambda *_: None)
 
 
 def test_random_numbers_go_on_where_they_were(capsys):

@@ -18,8 +18,6 @@ from gloria.dist.checkpoint_read import read_full_tensors
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.state import (
     Shard,
-    load_model_state_dict,
-    load_optimizer_state_dict,
     model_state_dict,
     optimizer_state_dict,
     rng_state_dict,
@@ -101,11 +99,6 @@ def train_step(model: Toy, optimizer: torch.optim.Optimizer, step: int, *, batch
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
     return {**model_state_dict(model), **optimizer_state_dict(model, optimizer)}
-
-
-def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, read) -> None:
-    load_model_state_dict(model, read)
-    load_optimizer_state_dict(model, optimizer, read)
 
 
 def whole_tensors(shards: dict[str, Shard]) -> dict[str, Tensor]:

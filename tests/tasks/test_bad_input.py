@@ -152,7 +152,8 @@ def test_a_run_does_not_go_on_with_other_examples_and_is_no_model_itself(neo, tm
     (run / "results.json").unlink()
     write_assin(data, {"train": 8, "dev": 4}, seed=1)
     assert line_of(capsys, arguments) == (
-        f"{run}: the training set is another than its run began with; choose another run.dir"
+        f"{run}: the set to train on or the one that chooses the model is another than its run began with; "
+        "choose another run.dir"
     )
     assert line_of(capsys, command("assin2", run, data, tmp_path / "other")) == (
         f"--model: {run} is a fine-tuning under way; its best model so far is {run / 'model'}"

@@ -148,7 +148,7 @@ def test_a_changed_recipe_does_not_go_on_with_another_run(assin, neo, tmp_path, 
     )
 
 
-def test_several_seeds_have_a_mean_and_a_deviation(assin, neo, tmp_path):
+def test_several_seeds_have_a_mean_and_a_deviation(assin, neo, tmp_path, capsys):
     flags = {"train__steps": 6, "run__seeds": "[1, 2]", "eval__every": 6}
     assert finetune.main(command("assin2", neo, assin, tmp_path / "run", **flags)) == 0
     single = [results(tmp_path / "run" / f"seed-{seed}") for seed in (1, 2)]
@@ -158,6 +158,14 @@ def test_several_seeds_have_a_mean_and_a_deviation(assin, neo, tmp_path):
     values = [scores["dev"]["mse"] for scores in single]
     assert mse["value"] == pytest.approx(np.mean(values))
     assert mse["deviation"] == pytest.approx(np.std(values, ddof=1))
+    capsys.readouterr()
+    assert (
+        run_command(finetune.main, command("assin2", neo, assin, tmp_path / "run", **flags | {"run__seeds": "[1]"}))
+        == 2
+    )
+    assert capsys.readouterr().err == (
+        f"error: run.seeds: {tmp_path / 'run'} holds runs of several seeds; choose another run.dir for one, 1\n"
+    )
 
 
 def test_the_test_set_has_no_say(assin, neo, tmp_path):

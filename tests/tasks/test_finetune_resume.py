@@ -3,7 +3,9 @@ is read before the end, and a way to save memory or time that changes a bit of t
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,8 @@ from safetensors.torch import load_file
 
 import gloria.dist.checkpoint
 import gloria.finetune as finetune
+import gloria.finetune_score as finetune_score
+import gloria.run
 from gloria.dist.manifest import saved_steps
 from gloria.dist.status import read_status
 from gloria.errors import run_command
@@ -56,6 +60,8 @@ def _tune_and_die(arguments: list[str], moment: str) -> None:
         honest_step = finetune.forward_backward
 
         def forward_backward(run: Any, batch: Any) -> torch.Tensor:
+            if run.step == 5 and run.save:
+                gloria.dist.checkpoint.wait(run.save)  # so that this step finds it written, however slow the disk
             if run.step == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest_step(run, batch)
@@ -71,7 +77,7 @@ def _tune_and_die(arguments: list[str], moment: str) -> None:
             return done
 
         gloria.dist.checkpoint.write_tensor_file = write_tensor_file
-    finetune.main(arguments)
+    os._exit(finetune.main(arguments) or 99)  # it should have died
 
 
 def test_killed_between_and_during_checkpoints_it_ends_where_an_undisturbed_run_does(assin, neo, whole, tmp_path):
@@ -159,3 +165,92 @@ def test_out_of_memory_is_told_in_a_line_with_what_to_do(assin, neo, tmp_path, m
         "set train.micro_batch to 4, train.activation_checkpointing to full, or take more ranks\n"
     )
     assert read_status(tmp_path / "run").status == "failed"
+
+
+def test_a_better_model_than_the_checkpoint_knows_of_is_the_one_that_is_told_of(
+    assin, neo, whole, tmp_path, monkeypatch
+):
+    """Killed behind an evaluation and before its checkpoint, `model` is of a later step than the run goes on from."""
+    run = tmp_path / "run"
+    stop_behind(monkeypatch, 6)
+    assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
+    monkeypatch.undo()
+    task = run / "model" / "task.json"
+    content = json.loads(task.read_text())
+    best = content["scores"] | {"mean_f1_pearson": 0.9999}
+    task.write_text(json.dumps(content | {"step": 8, "scores": best}))
+    model = (run / "model" / "model.safetensors").read_bytes()
+    assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
+    assert json.loads((run / "results.json").read_text())["chosen"] == {"step": 8, "scores": best}
+    assert (run / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_a_kill_between_the_two_renames_of_the_best_model_costs_nothing(assin, neo, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop_behind(monkeypatch, 6)
+    assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
+    monkeypatch.undo()
+    (run / "model").rename(run / ".model-old")
+    assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
+    assert_same_end(run, whole)
+    assert not (run / ".model-old").exists()
+
+
+@pytest.mark.parametrize("examples", ["selection", "dev", "test"])
+def test_a_stop_while_a_set_is_scored_is_heeded_and_made_up_for(examples, assin, neo, whole, tmp_path, monkeypatch):
+    """A large set takes longer than what a queue leaves between its signal and the end."""
+    run = tmp_path / "run"
+    wanted = {"selection": (8, "validation", 1), "dev": (14, "end", 1), "test": (14, "end", 2)}[examples]
+    seen: list[tuple[int, str]] = []
+
+    def tell_and_stop(run: Any, phase: str) -> Any:
+        seen.append((run.step, phase))
+        monkeypatch.setattr(finetune_score, "stop_reason", lambda: "SIGUSR1" if here else "")
+        here = (run.step, phase, seen.count((run.step, phase))) == wanted
+        return go_on(run, phase)
+
+    go_on = finetune_score._go_on
+    monkeypatch.setattr(finetune_score, "_go_on", tell_and_stop)
+    assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
+    monkeypatch.undo()
+    assert (read_status(run).status, read_status(run).step) == ("stopped", wanted[0])
+    assert not (run / "results.json").exists()
+    assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
+    assert_same_end(run, whole)
+    told = [line["step"] for line in launch.metrics(run, "event") if line["event"] == "dev"]
+    assert told == [4, 8, 12, 14]
+
+
+def test_another_seed_or_another_set_that_chooses_is_another_run(assin, neo, tmp_path, monkeypatch, capsys):
+    run, data = tmp_path / "run", shutil.copytree(assin, tmp_path / "data")
+    stop_behind(monkeypatch, 6)
+    assert finetune.main(command("assin2", neo, data, run, **FLAGS)) == 0
+    monkeypatch.undo()
+    other = f"error: {run}: its run has run.seeds = 42, not 43; set that, or choose another run.dir"
+    capsys.readouterr()
+    assert run_command(finetune.main, command("assin2", neo, data, run, **FLAGS, run__seeds="[43]")) == 2
+    assert capsys.readouterr().err.splitlines() == [other]
+    assert run_command(finetune.main, command("assin2", neo, data, run, **FLAGS, run__seeds="[42, 43]")) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: run.seeds: {run} holds the run of one seed; choose another run.dir for [42, 43]"
+    ]
+
+    dev = data / "assin2-dev.xml"
+    good = dev.read_text()
+    dev.write_text(good.replace('similarity="5.0"', 'similarity="4.0"'))
+    assert run_command(finetune.main, command("assin2", neo, data, run, **FLAGS)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {run}: the set to train on or the one that chooses the model is another than its run began with; "
+        "choose another run.dir"
+    )
+    dev.write_text(good)
+    assert finetune.main(command("assin2", neo, data, run, **FLAGS)) == 0
+    capsys.readouterr()
+    assert run_command(finetune.main, command("assin2", neo, data, run, **FLAGS, run__seeds="[43]")) == 2
+    assert capsys.readouterr().err.splitlines() == [other]
+
+
+def stop_behind(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the run to stop behind so many steps."""
+    calls: list[int] = []
+    monkeypatch.setattr(gloria.run, "stop_reason", lambda: calls.append(1) or ("SIGTERM" if len(calls) >= step else ""))
