@@ -67,6 +67,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments.asked = [
         (task, Path(folder) if folder else task and sample_folder(task)) for task, folder in zip(tasks, folders)
     ]
+    problems += _without_use(arguments, tasks)
     if arguments.compare:
         if tasks == [None] or len(tasks) > 1:
             problems.append("--task: --compare is for one task; name one")
@@ -86,6 +87,19 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.out is None and arguments.model and not arguments.compare:
         arguments.out = Path("runs/evaluate", Path(arguments.model).resolve().name, arguments.task.replace(",", "+"))
     return arguments
+
+
+def _without_use(arguments: argparse.Namespace, tasks: list[Task | None]) -> list[str]:
+    """A line for each flag that nothing of what is asked has a use for."""
+    families = {task.family if task else PERPLEXITY for task in tasks}
+    uses = {"rule": {"last_word"}, "length": {PERPLEXITY}, "stride": {PERPLEXITY}}  # --shots has lines of its own
+    problems = [
+        f"--{flag}: no task of {arguments.task} has a use for it; leave it out"
+        for flag, users in uses.items()
+        if getattr(arguments, flag) is not None and not families & users
+    ]
+    beside = [flag for flag in ("model", "watch", "out") if arguments.compare and getattr(arguments, flag)]
+    return problems + [f"--{flag}: --compare reads predictions alone; leave it out" for flag in beside]
 
 
 def tell_data(arguments: argparse.Namespace, process: Process) -> None:

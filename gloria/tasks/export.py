@@ -64,8 +64,8 @@ def _write(tuned: Tuned, folder: Path, work: Path) -> tuple[str, float]:
         _add_padding_row(model, len(tokenizer))
     weights = load_file(folder / HEAD)
     (name,) = heads
-    final = _projections(model)[-1]
-    if final.out_features != heads[name]:
+    final = (_projections(model) or [None])[-1]
+    if final is None or final.out_features != heads[name]:
         raise CannotExport(f"{type(model).__name__} does not end in a projection to {heads[name]}")
     with torch.no_grad():
         final.weight.copy_(weights[f"{name}.weight"])

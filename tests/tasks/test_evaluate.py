@@ -149,6 +149,8 @@ def test_two_predictions_are_compared(neo, data, tmp_path, capsys):
     ("flags", "line"),
     [
         (["--task=calme"], 'calme: unknown task; did you mean "calame"?'),
+        (["--task=assin2", "--rule=strict"], "--rule: no task of assin2 has a use for it; leave it out"),
+        (["--task=calame", "--length=8"], "--length: no task of calame has a use for it; leave it out"),
         (["--task=calame", "--rule=papr"], '--rule: unknown rule papr; did you mean "paper"?'),
         (["--task=calame", "--batch=0"], "--batch: must be at least 1, not 0"),
         (
