@@ -68,8 +68,10 @@ def no_group_left() -> Iterator[None]:
 
 
 def arguments(run: Path, data: Path, *more: str) -> list[str]:
-    given = ["--task=calame,perplexity", f"--data={data},", "--rule=first-word,log-likelihood", "--device=cpu"]
-    return [*given, f"--watch={run}", "--poll=0.05", "--length=32", *more]
+    given = ["--task=calame,perplexity", f"--data={data},", f"--watch={run}", "--poll=0.05", "--device=cpu", *more]
+    task = next(flag for flag in reversed(given) if flag.startswith("--task="))
+    of_a_task = {"calame": "--rule=first-word,log-likelihood", "perplexity": "--length=32"}
+    return given + [flag for name, flag in of_a_task.items() if name in task]
 
 
 def look(run: Path, data: Path, *more: str) -> int:
