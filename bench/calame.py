@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 from gloria.data.tokenizer import TokenizerConfig, train_tokenizer
 from gloria.dist.process import start_process_group, stop_process_group
 from gloria.hf import write_folder
-from gloria.model import Transformer, initial_value
-from gloria.model_config import PRESETS
+from gloria.model import initial_value
+from gloria.model_config import PRESETS, parameter_shapes
 from gloria.tasks.backbones import Loaded, load_model
 from gloria.tasks.catalog import TASKS
 from gloria.tasks.encode import length_batches
@@ -91,9 +91,8 @@ def random_model(preset: str, contexts: list[str], work: Path) -> Path:
     """A folder with a model of a preset's layers, and a tokenizer of the contexts."""
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=16384), contexts, work / "tokenizer")
     shape = replace(PRESETS[preset], vocab_size=tokenizer.vocab_size)
-    with torch.device("meta"):
-        sizes = {name: parameter.shape for name, parameter in Transformer(shape).named_parameters()}
-    tensors = ((name, initial_value(name, size, shape, seed=0)) for name, size in sizes.items())
+    sizes = parameter_shapes(shape)
+    tensors = ((name, initial_value(name, torch.Size(size), shape, seed=0)) for name, size in sizes.items())
     write_folder(work / "model", shape, tensors, work / "tokenizer", "float32")
     return work / "model"
 

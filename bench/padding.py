@@ -10,6 +10,7 @@ comes with gloria, over and over.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from gloria.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from gloria.model import Transformer, initial_value
-from gloria.model_config import ModelShape
+from gloria.model_config import PRESETS
 from gloria.tasks.backbones import Backbone
 from gloria.tasks.backbones import load_tokenizer as load_transformers_tokenizer
 from gloria.tasks.catalog import find_task
@@ -28,27 +30,16 @@ from gloria.tasks.encode import Row, collate, encode_pairs, epoch_batches
 from gloria.tasks.heads import TaskModel, initialise_heads, row_losses
 from gloria.tasks.samples import sample_folder
 from gloria.tasks.tuned import task_heads
+from tests.tiny_models import build_model
 
-SHAPE = ModelShape(
-    architecture="gpt-neo",
-    num_layers=4,
-    hidden_size=192,
-    num_heads=6,
-    intermediate_size=768,
-    max_positions=512,
-    vocab_size=4096,
-    attention_layers=("global", "local") * 2,
-    window_size=256,
-)
+SHAPE = replace(PRESETS["gpt-neo-125m"], num_layers=4, hidden_size=192, num_heads=6, intermediate_size=768)
+SHAPE = replace(SHAPE, max_positions=512, attention_layers=("global", "local") * 2)
 
 
 def build(vocab_size: int) -> TaskModel:
     """A fresh model with ASSIN-2's two heads."""
     shape = replace(SHAPE, vocab_size=vocab_size)
-    body = Transformer(shape)
-    with torch.no_grad():
-        for name, parameter in body.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, shape, 0))
+    body = build_model(shape)
     heads = task_heads(find_task("assin2"))
     model = TaskModel(Backbone(body, causal=True, hidden_size=192, token_types=False), heads, dropout=0.1)
     initialise_heads(model, 0, 3.0)

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from gloria.errors import UserError
-from gloria.options import suggest
+from gloria.options import option, suggest
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,16 @@ CARDS = (
 
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by precision
+
+
+def precision_option() -> str:
+    """The recipe's `train.precision`, of a pre-training and of a fine-tuning."""
+    return option(
+        "auto",
+        "of the matrix products: auto is bf16 on a GPU that has it, fp16 (with its loss scaled) on an older one, "
+        "fp32 on CPU; weights and state stay fp32",
+        choices=("auto", *ELEMENT_BYTES),
+    )
 
 
 def resolve_precision(asked: str, card: str | None, *, has_bf16: bool = False) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from gloria.cards import precision_option
 from gloria.data.corpus import Corpus, open_corpus, source_fingerprint
 from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
 from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
@@ -73,12 +74,7 @@ class TrainConfig:
         minimum=1,
     )
     sequence_length: int = option(512, "tokens that are predicted in a window", minimum=1)
-    precision: str = option(
-        "auto",
-        "of the matrix products: auto is bf16 on a GPU that has it, fp16 (with its loss scaled) on an older one, "
-        "fp32 on CPU; weights and state stay fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
+    precision: str = precision_option()
     activation_checkpointing: str = option(
         "none",
         "what the backward pass computes again instead of keeping it: full takes the least memory and a "

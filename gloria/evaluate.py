@@ -41,7 +41,7 @@ from gloria.tasks.files import Loaded as Read
 from gloria.tasks.metrics import compare
 from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, table, write_results
 from gloria.tasks.submissions import read_guesses, write_guesses, write_submission
-from gloria.tasks.tuned import Tuned, is_tuned, load_tuned, predict, task_heads
+from gloria.tasks.tuned import Tuned, find_tuned, load_tuned, predict, task_heads
 from gloria.tasks.zeroshot import GENERATION, Asking, answers, corpus_texts, perplexity
 from gloria.watch import watch
 
@@ -54,20 +54,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_same(process, {f"--{key}": value for key, value in vars(arguments).items() if key != "asked"})
         tell_data(arguments, process)
-        if arguments.watch:
-            status = watch_run(arguments, process)
-        else:
-            records = list(evaluate(arguments, process))
+        status = (watch_run if arguments.watch else score_model)(arguments, process)
     except (UserError, SystemExit):
         leave_process_group()
         raise
-    if arguments.watch:
-        stop_process_group()
-        return status
+    stop_process_group()
+    return status
+
+
+def score_model(arguments: argparse.Namespace, process: Process) -> int:
+    """Score a model on all that is asked; write and print the results."""
+    records = list(evaluate(arguments, process))
     if process.is_main:
         results = write_results(arguments.out / RESULTS, {"model": arguments.model}, records)
         print(table(results), f"{arguments.out / RESULTS}: written", sep="\n")
-    stop_process_group()
     return 0
 
 
@@ -91,10 +91,7 @@ def watch_run(arguments: argparse.Namespace, process: Process) -> int:
 
 def evaluate(arguments: argparse.Namespace, process: Process) -> Iterator[dict[str, Any]]:
     """A record for each task (and rule, and source of a corpus)."""
-    # A run of gloria.finetune stands for the best model in it.
-    best = Path(arguments.model) / "model"
-    model = str(best) if is_tuned(best) else arguments.model
-    if is_tuned(model):
+    if model := find_tuned(arguments.model):
         given = {"--shots": arguments.shots, "--rule": arguments.rule, "--length": arguments.length}
         given |= {"--stride": arguments.stride, "--method": arguments.method == GENERATION}
         if unused := [flag for flag, value in given.items() if value]:
@@ -104,7 +101,8 @@ def evaluate(arguments: argparse.Namespace, process: Process) -> Iterator[dict[s
         for task, folder in arguments.asked:
             yield evaluate_head(tuned, task, folder, arguments, process)
         return
-    yield from evaluate_loaded(*load_language_model(model, arguments, process), arguments.asked, arguments, process)
+    loaded = load_language_model(arguments.model, arguments, process)
+    yield from evaluate_loaded(*loaded, arguments.asked, arguments, process)
 
 
 def load_language_model(model: str, arguments: argparse.Namespace, process: Process) -> tuple[Loaded, Path | None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gloria.dist.manifest import MANIFEST, checkpoints_folder, step_of
+from gloria.dist.manifest import run_and_step
 from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.options import argument_parser, suggest
 from gloria.tasks.catalog import TASKS, Task, find_task
 from gloria.tasks.lastword import LOG_LIKELIHOOD, RULES
-from gloria.tasks.samples import sample_folder
+from gloria.tasks.samples import describe_sample, sample_folder
 from gloria.tasks.zeroshot import GENERATION, LIKELIHOOD
 
 PERPLEXITY = "perplexity"
@@ -78,7 +78,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         problems.append(f"--model and --watch: {found}; give a model's folder, or a run that is to be watched")
     elif arguments.watch and arguments.out:
         problems.append(f"--out: --watch writes in {arguments.watch} itself, and no predictions; leave it out")
-    elif (None, None) in arguments.asked and arguments.model and not _is_run(Path(arguments.model)):
+    elif (None, None) in arguments.asked and arguments.model and not run_and_step(Path(arguments.model)):
         problems.append(f"--data: is missing; {arguments.model} is no run with a corpus of its own, so name a text")
     if not 0 < arguments.poll <= 600:
         problems.append(f"--poll: {arguments.poll:g} s is no pause; give up to 600, such as 30")
@@ -105,19 +105,9 @@ def _without_use(arguments: argparse.Namespace, tasks: list[Task | None]) -> lis
 def tell_data(arguments: argparse.Namespace, process: Process) -> None:
     """Say which data were not named, and what they are good for."""
     given = (arguments.data or "").split(",") * len(arguments.asked)
-    for (task, folder), named in zip(arguments.asked, given):
-        if named or not process.is_main:
-            continue
-        if task is None:
-            print("data       the held-out part of the run's own corpus", flush=True)
-            continue
-        kind = "training examples" if "train" in task.splits else "examples"
-        count = len(task.load(folder, "train" if "train" in task.splits else task.splits[0]).examples)
-        print(
-            f"data       sample of {task.name} that comes with gloria ({count} {kind}, written for it): for trying "
-            "out, its scores say nothing",
-            flush=True,
-        )
+    for (task, _), named in zip(arguments.asked, given):
+        if not named and process.is_main:
+            print(describe_sample(task) if task else "data       the held-out part of the run's own corpus", flush=True)
 
 
 def choose_split(task: Task, folder: Path, asked: str | None) -> str:
@@ -127,7 +117,3 @@ def choose_split(task: Task, folder: Path, asked: str | None) -> str:
     order = ("dev", "test") if task.hold_out else ("test", "dev")
     there = [split for split in order if task.has(folder, split)]
     return (there or [split for split in order if split in task.splits])[0]
-
-
-def _is_run(path: Path) -> bool:
-    return checkpoints_folder(path).is_dir() or (step_of(path) is not None and (path / MANIFEST).exists())

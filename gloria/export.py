@@ -45,7 +45,7 @@ def export_tuned(arguments: argparse.Namespace) -> int:
     """A fine-tuned model as the class of transformers that has its head."""
     # transformers' models take seconds to import, and a run's export has no use for them.
     from gloria.tasks.export import export_head
-    from gloria.tasks.tuned import is_tuned
+    from gloria.tasks.tuned import find_tuned
 
     if arguments.run:
         raise UserError("--tuned: stands for a model of its own beside --run; give one of them")
@@ -55,7 +55,7 @@ def export_tuned(arguments: argparse.Namespace) -> int:
         raise UserError(f"--dtype: {arguments.dtype} is for --run, a fine-tuned model stays float32; leave it out")
     if arguments.out.exists():
         raise UserError(f"--out: {arguments.out} is already there; give another folder or remove it")
-    folder = next((path for path in (arguments.tuned, arguments.tuned / "model") if is_tuned(path)), None)
+    folder = find_tuned(arguments.tuned)
     if folder is None:
         raise UserError(f"--tuned: {arguments.tuned} holds no task.json; give the folder that a fine-tuning wrote")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from gloria.dist.signals import install_stop_handlers, set_time_budget, stop_reason
+from gloria.dist.signals import ASKED, install_stop_handlers, set_time_budget, stop_reason
 from gloria.errors import UserError, run_command
 from gloria.finetune_config import DEMO_MODEL, FinetuneConfig, read_finetune_config
 from gloria.tasks.catalog import Task, find_task
 from gloria.tasks.examples import Example
-from gloria.tasks.samples import sample_folder
+from gloria.tasks.samples import describe_sample, sample_folder
 
 
 def check(argv: list[str] | None) -> tuple[FinetuneConfig, Task, Path, list[Example], list[Example]]:
@@ -61,22 +61,19 @@ from gloria.dist.loss_scale import adjust
 from gloria.dist.process import agree, leave_process_group, on_any_rank, start_process_group, stop_process_group
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, clip_coefficient, gradient_square_sum, reseed, update
+from gloria.dist.state import training_state
 from gloria.dist.step_sums import StepSums, judge, overflowed, pack_sums, unpack_sums
 from gloria.failure import fail
 from gloria.files import parse_json_object, read_bounded
-from gloria.finetune_run import Plan, Run, check_seeds, close_run, is_done, open_run, tensor_state, trainer_state
+from gloria.finetune_run import Plan, Run, check_seeds, close_run, is_done, open_run, trainer_state
 from gloria.finetune_score import choose, score_best
 from gloria.finetune_tell import tell_step
 from gloria.optim import schedules
-from gloria.run import flags_of
+from gloria.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of
 from gloria.tasks.encode import collate, epoch_batches
 from gloria.tasks.heads import row_losses
 from gloria.tasks.report import RESULTS, mean_over_seeds, table, write_results
 from gloria.tasks.tuned import pad_id
-
-# Why a run ends before its plan is done: saved, or as its last checkpoint has it.
-ASKED, *UNSAVED = "asked to stop", "too many skips", "another launch has taken the run over"
-SKIPS, TAKEN_OVER = UNSAVED
 
 
 @dataclass(frozen=True)
@@ -113,11 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         agree(process, lambda: check_seeds(folder, seeds))
         open_rank_log(folder, process.rank, process.world)
         if process.is_main and config.data is None:
-            number = len(plan.train) + len(plan.selection) * plan.task.hold_out
-            print(
-                f"data       sample of {plan.task.name} that comes with gloria ({number} training examples, written "
-                "for it): for trying out, its scores say nothing"
-            )
+            print(describe_sample(plan.task), flush=True)
         for seed in seeds:
             if agree(process, lambda seed=seed: is_done(own[seed], config, seed)):
                 if process.is_main:
@@ -185,7 +178,12 @@ def take_steps(run: Run) -> str:
         if run.choice_due and not stop:
             stop = "" if choose(run) else ASKED
         if run.step % save_every == 0 and stop not in UNSAVED:
-            saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=config.checkpoint.asynchronous)
+            saving.begin(
+                run,
+                training_state(run.tuned.model, run.optimizer),
+                trainer_state(run),
+                asynchronous=config.checkpoint.asynchronous,
+            )
     return stop
 
 
@@ -281,7 +279,7 @@ def end(run: Run, stop: str) -> tuple[str, str]:
     if stop == TAKEN_OVER:
         return "failed", stop
     if run.saved_step != run.step:
-        saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=False)
+        saving.begin(run, training_state(run.tuned.model, run.optimizer), trainer_state(run), asynchronous=False)
     if run.saved_step != run.step:
         return "failed", "the last checkpoint could not be written"
     # Asked to stop behind the last step it may still have to choose.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gloria.cards import precision_option
 from gloria.dist.config import DistConfig
 from gloria.dist.environment import read_environment
 from gloria.fields import NO_KEY
@@ -61,12 +62,7 @@ class TrainSection:
     dropout: float = option(
         0.1, "of the vector that the head reads; the backbone's is its own", minimum=0.0, maximum=0.9
     )
-    precision: str = option(
-        "auto",
-        "of the matrix products: auto is bf16 on a GPU that has it, fp16 (with its loss scaled) on an older one, "
-        "fp32 on CPU; weights and state stay fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
+    precision: str = precision_option()
     activation_checkpointing: str = option(
         "none",
         "what the backward pass computes again instead of keeping it: full takes the least memory and a third more "

@@ -18,18 +18,12 @@ import gloria
 from gloria.dist.agreement import on_all_ranks, require_same, require_shared
 from gloria.dist.checkpoint import Save, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
-from gloria.dist.loss_scale import new_loss_scale
+from gloria.dist.loss_scale import loss_scale_for, restore
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.process import Process, agree, on_any_rank
+from gloria.dist.process import Process, agree
 from gloria.dist.retention import check_free_space
 from gloria.dist.sharding import build_mesh, precision_and_reason
-from gloria.dist.signals import stop_reason
-from gloria.dist.state import (
-    Shard,
-    load_training_state,
-    model_state_dict,
-    optimizer_state_dict,
-)
+from gloria.dist.state import load_training_state, training_state
 from gloria.dist.status import LOCK, STATUS, Claim, claim_run, read_status, release_run, write_status
 from gloria.dist.watch import Watch, start_watch
 from gloria.errors import UserError
@@ -40,16 +34,15 @@ from gloria.metrics import RunLog, open_log
 from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
 from gloria.options import to_mapping
-from gloria.resume import choose_step
+from gloria.resume import choose_step, leave_if_asked
+from gloria.run import close_folder
 from gloria.tasks.backbones import load_model
 from gloria.tasks.catalog import Task
 from gloria.tasks.encode import Encoded, Row
 from gloria.tasks.examples import Example
 from gloria.tasks.heads import SCORE, TaskModel, count_parameters, initialise_heads, shard_task_model
 from gloria.tasks.report import RESULTS
-from gloria.tasks.tuned import Inputs, Tuned, encode, is_tuned, read_task_file, task_heads
-
-MODEL = "model"  # the best one so far, in a run's folder
+from gloria.tasks.tuned import MODEL, Inputs, Tuned, encode, is_tuned, read_task_file, task_heads
 
 # Of the recipe, what may change between two launches of a run.
 _FREE = (
@@ -134,12 +127,7 @@ def open_run(plan: Plan, seed: int, folder: Path, process: Process) -> Run:
 
 def close_run(run: Run, status: str, reason: str = "") -> None:
     """Write the run's last status and let go of its folder; the process group stays, for the next seed."""
-    if run.log and not (run.claim and run.claim.lost):
-        run.log.event(run.step, status, **({"reason": reason} if reason else {}))
-        run.log.close()
-    if run.claim:
-        write_status(run.claim, status, run.step, reason)
-        release_run(run.claim)
+    close_folder(run, status, reason)
     run.watch.ended.set()
 
 
@@ -181,10 +169,7 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
         return choose_step(folder, config.run.resume, watch.launch)
 
     resume_step = agree(process, claim_and_choose)
-    if on_any_rank(bool(stop_reason())):  # before the minutes that a large model takes to load
-        if watch.claim:
-            write_status(watch.claim, "stopped", resume_step, stop_reason() or "asked to stop")
-        raise SystemExit(0)
+    leave_if_asked(watch, resume_step)
     mesh = build_mesh(process, config.dist.replicas)
     precision, why = precision_and_reason(train.precision, process.device)
     require_same(process, {"train.precision": precision})
@@ -203,9 +188,6 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
     total_steps = train.steps or math.ceil(train.epochs * batches)
     if problems := [f"{keys[0]}: {what}" for keys, what in schedules.problems(config.schedule, total_steps)]:
         raise UserError(*problems)
-    if precision == "fp16":
-        # Partial sums of a product would be kept in fp16, where they can overflow; bf16 has the range for it.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     run = Run(
         config=config,
         plan=plan,
@@ -220,7 +202,7 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
         total_steps=total_steps,
         launch=watch.launch,
         watch=watch,
-        loss_scale=new_loss_scale(process.device) if precision == "fp16" else None,
+        loss_scale=loss_scale_for(precision, process.device),
         claim=watch.claim,
     )
     if resume_step:
@@ -262,7 +244,9 @@ def _prepare(plan: Plan, seed: int) -> tuple[Tuned, Encoded, str]:
 
 def _prepare_folder(run: Run) -> int:
     """For rank 0, before the first step: is there room for what will be saved."""
-    check_free_space(run.folder, checkpoint_bytes(tensor_state(run)), run.config.checkpoint.keep)
+    check_free_space(
+        run.folder, checkpoint_bytes(training_state(run.tuned.model, run.optimizer)), run.config.checkpoint.keep
+    )
     if run.claim:
         write_status(run.claim, "running", run.step)
     return 0
@@ -284,11 +268,6 @@ def _about(run: Run, encoded: Encoded, cut: str, precision: str) -> list[str]:
     if not run.optimizer.defaults.get("fused"):
         lines.append(f"optim.name: {run.config.optim.name} waits for the device once a step, to skip one not finite")
     return [cut, *lines] if cut else lines
-
-
-def tensor_state(run: Run) -> dict[str, Shard]:
-    """This rank's shards of model and optimizer."""
-    return model_state_dict(run.tuned.model) | optimizer_state_dict(run.tuned.model, run.optimizer)
 
 
 def trainer_state(run: Run) -> dict[str, Any]:
@@ -326,10 +305,9 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     # Of the model that is there: a launch that was killed after this checkpoint may have found a better one since.
     if is_tuned(run.folder / MODEL):
         run.best = {key: read_task_file(run.folder / MODEL)[key] for key in ("step", "scores")}
-    if run.loss_scale is not None and (seen := state.get("loss_scale")):
-        run.loss_scale.copy_(torch.tensor(seen))
-    elif run.loss_scale is not None and run.process.is_main:
-        print(f"loss scale: begins at {run.loss_scale[0]:g}, for the checkpoint has none", flush=True)
+    for line in restore(run.loss_scale, state.get("loss_scale")):
+        if run.process.is_main:
+            print(line, flush=True)
 
 
 def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig, seed: int) -> list[str]:

@@ -10,14 +10,14 @@ from torch import Tensor
 from gloria.dist.agreement import on_all_ranks
 from gloria.dist.process import agree, on_any_rank
 from gloria.dist.signals import stop_reason
-from gloria.finetune_run import MODEL, Run
+from gloria.finetune_run import Run
 from gloria.finetune_tell import tell_scores
 from gloria.options import to_mapping
 from gloria.tasks.export import export_head
 from gloria.tasks.metrics import score
 from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, write_results
 from gloria.tasks.submissions import write_guesses, write_submission
-from gloria.tasks.tuned import load_tuned, predict, save_tuned, whole_state
+from gloria.tasks.tuned import MODEL, load_tuned, predict, save_tuned, whole_state
 
 
 class AskedToStop(Exception):

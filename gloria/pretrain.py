@@ -18,7 +18,7 @@ import numpy as np
 from gloria.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
 from gloria.demo import prepare_demo_corpus
 from gloria.describe import describe, precision_here
-from gloria.dist.signals import install_stop_handlers, stop_reason
+from gloria.dist.signals import ASKED, install_stop_handlers, stop_reason
 from gloria.errors import run_command, warn
 from gloria.options import to_toml
 
@@ -52,15 +52,12 @@ from gloria.dist.sharding import (
     reseed,
     update,
 )
+from gloria.dist.state import training_state
 from gloria.dist.step_sums import judge, overflowed, pack_sums, unpack_sums
 from gloria.failure import fail
 from gloria.optim.schedules import learning_rate
-from gloria.run import Queued, Run, close_run, flags_of, open_run, tensor_state, trainer_state
+from gloria.run import SKIPS, TAKEN_OVER, UNSAVED, Queued, Run, close_run, flags_of, open_run, trainer_state
 from gloria.tell import count_step, end_trace, tell_step, trace_steps
-
-# Why a run ends before its plan is done: saved, or as its last checkpoint has it.
-ASKED, *UNSAVED = "asked to stop", "too many skips", "another launch has taken the run over"
-SKIPS, TAKEN_OVER = UNSAVED
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +109,12 @@ def take_steps(run: Run) -> str:
         if run.validation_due and not stop:
             stop = validate(run)
         if save_due and stop not in UNSAVED:
-            saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=config.checkpoint.asynchronous)
+            saving.begin(
+                run,
+                training_state(run.model, run.optimizer),
+                trainer_state(run),
+                asynchronous=config.checkpoint.asynchronous,
+            )
     return stop
 
 
@@ -257,7 +259,7 @@ def end(run: Run, stop: str) -> int:
         status, reason = "failed", stop
     else:
         if run.saved_step != run.step:
-            saving.begin(run, tensor_state(run), trainer_state(run), asynchronous=False)
+            saving.begin(run, training_state(run.model, run.optimizer), trainer_state(run), asynchronous=False)
         status, reason = "done" if run.step == run.plan.total_steps else "stopped", stop_reason() or stop
         if run.saved_step != run.step:
             status, reason = "failed", "the last checkpoint could not be written"

@@ -13,8 +13,11 @@ from typing import Any
 from gloria.config import PretrainConfig, RunPlan
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_trainer
 from gloria.dist.manifest import saved_steps
+from gloria.dist.process import on_any_rank
 from gloria.dist.retention import remove_strays, set_aside_newer
-from gloria.dist.status import STATUS, read_status
+from gloria.dist.signals import ASKED, stop_reason
+from gloria.dist.status import STATUS, read_status, write_status
+from gloria.dist.watch import Watch
 from gloria.errors import UserError
 from gloria.fields import flatten
 from gloria.optim import schedules
@@ -22,6 +25,14 @@ from gloria.options import from_mapping, to_mapping
 
 # Told by the mixture (what it means for the samples), or of no consequence for what is computed.
 _TOLD_ELSEWHERE = ("data.", "train.global_batch", "train.sequence_length", "schedule.", "run.", "dry_run", "verify")
+
+
+def leave_if_asked(watch: Watch, step: int) -> None:
+    """End all ranks, the run stopped at `step`, if one was asked to: before the minutes that loading may take."""
+    if on_any_rank(bool(stop_reason())):
+        if watch.claim:
+            write_status(watch.claim, "stopped", step, stop_reason() or ASKED)
+        raise SystemExit(0)
 
 
 def choose_step(folder: Path, resume: int | str, launch: str, skip_samples: str = "") -> int:

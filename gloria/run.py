@@ -25,13 +25,12 @@ from gloria.describe import describe
 from gloria.dist.agreement import require_same_recipe, require_shared
 from gloria.dist.checkpoint import Save, SaveState, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
-from gloria.dist.loss_scale import new_loss_scale
+from gloria.dist.loss_scale import loss_scale_for, restore
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import (
     Process,
     agree,
     leave_process_group,
-    on_any_rank,
     start_process_group,
     stop_process_group,
 )
@@ -39,12 +38,7 @@ from gloria.dist.rank_log import open_rank_log
 from gloria.dist.retention import check_free_space
 from gloria.dist.sharding import build_mesh, fill_parameters, precision_and_reason, shard_model
 from gloria.dist.signals import set_time_budget, stop_reason
-from gloria.dist.state import (
-    load_rng_state_dict,
-    load_training_state,
-    model_state_dict,
-    optimizer_state_dict,
-)
+from gloria.dist.state import load_rng_state_dict, load_training_state, training_state
 from gloria.dist.status import LOCK, Claim, claim_run, release_run, write_status
 from gloria.dist.step_sums import Flags, new_running_norm
 from gloria.dist.watch import Watch, start_watch
@@ -56,10 +50,13 @@ from gloria.model import Transformer, initial_value
 from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
 from gloria.options import to_mapping
-from gloria.resume import changes_since, choose_step
+from gloria.resume import changes_since, choose_step, leave_if_asked
 
 if TYPE_CHECKING:
     from gloria.saving import AnyRun
+
+# Why a run ends as its last checkpoint has it, before its plan is done (asked to stop, it saves first).
+SKIPS, TAKEN_OVER = UNSAVED = "too many skips", "another launch has taken the run over"
 
 RNG_SCHEME = "seed/step/rank"  # each step reseeds from these three, see dist.sharding.reseed
 
@@ -164,10 +161,7 @@ def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Wa
     resume_step = agree(process, lambda: _claim_and_choose(config, watch))
     require_shared(process, folder / LOCK, watch.launch)
     open_rank_log(folder, process.rank, process.world)
-    if on_any_rank(bool(stop_reason())):  # before the minutes that a large model takes to load
-        if watch.claim:
-            write_status(watch.claim, "stopped", resume_step, stop_reason() or "asked to stop")
-        raise SystemExit(0)
+    leave_if_asked(watch, resume_step)
     model = _build_model(config, plan, process, mesh, precision)
     run = Run(
         config=config,
@@ -185,13 +179,10 @@ def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Wa
         valid_streams=_open_validation(config, plan),
         watch=watch,
         claim=watch.claim,
+        loss_scale=loss_scale_for(precision, process.device),
     )
     if config.train.skip_spikes is not None:
         run.running_norm = new_running_norm(process.device)
-    if precision == "fp16":
-        run.loss_scale = new_loss_scale(process.device)
-        # Partial sums of a product would be kept in fp16, where they can overflow; bf16 has the range for it.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else _initialise(run)
     if samples := span(config.data.skip_samples):
         changes += _leave_out(run, samples)
@@ -204,14 +195,19 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     run.watch.at(run.step, "end", patient=True)
     if run.loader:
         run.loader.close()
+    close_folder(run, status, reason)
+    stop_process_group()
+    run.watch.ended.set()
+
+
+def close_folder(run: AnyRun, status: str, reason: str) -> None:
+    """Write a run's last event and status, and let go of its folder."""
     if run.log and not (run.claim and run.claim.lost):
         run.log.event(run.step, status, **({"reason": reason} if reason else {}))
         run.log.close()
     if run.claim:
         write_status(run.claim, status, run.step, reason)
         release_run(run.claim)
-    stop_process_group()
-    run.watch.ended.set()
 
 
 def flags_of(run: AnyRun) -> Flags:
@@ -246,11 +242,6 @@ def trainer_state(run: Run) -> dict[str, Any]:
         "world": run.process.world,
         "versions": {"gloria": gloria.__version__, "torch": str(torch.__version__), "numpy": np.__version__},
     }
-
-
-def tensor_state(run: Run) -> dict[str, Any]:
-    """This rank's shards of model and optimizer."""
-    return model_state_dict(run.model) | optimizer_state_dict(run.model, run.optimizer)
 
 
 def _claim_and_choose(config: PretrainConfig, watch: Watch) -> int:
@@ -325,11 +316,7 @@ def _load_precision(run: Run, trainer: dict[str, Any]) -> list[str]:
     before = trainer.get("precision", run.precision)
     if before != run.precision and trainer["recipe"]["train"]["precision"] == run.config.train.precision:
         lines.append(f"train.precision: {before} before, {run.precision} now, for the GPUs are others")
-    if run.loss_scale is not None and (seen := trainer.get("loss_scale")):
-        run.loss_scale.copy_(torch.tensor(seen, dtype=torch.float32))
-    elif run.loss_scale is not None:
-        lines.append(f"loss scale: begins at {run.loss_scale[0]:g}, for the checkpoint has none")
-    return lines
+    return lines + restore(run.loss_scale, trainer.get("loss_scale"))
 
 
 def _leave_out(run: Run, samples: range) -> list[str]:
@@ -341,7 +328,7 @@ def _leave_out(run: Run, samples: range) -> list[str]:
 
 def _prepare_folder(run: Run) -> int:
     """For rank 0, before the first step: is there room, and what `show` and `export` read."""
-    shards = tensor_state(run)
+    shards = training_state(run.model, run.optimizer)
     check_free_space(run.folder, checkpoint_bytes(shards), run.config.checkpoint.keep)
     target = run.folder / "tokenizer"
     shutil.copytree(run.plan.corpus.tokenizer_folder, target, dirs_exist_ok=True)

@@ -31,7 +31,7 @@ from gloria.errors import UserError, warn
 from gloria.files import write_all
 from gloria.metrics import json_line
 from gloria.tasks.report import table
-from gloria.tasks.tuned import is_tuned
+from gloria.tasks.tuned import MODEL, is_tuned
 
 SCORES = "scores.jsonl"
 Model = TypeVar("Model")
@@ -89,7 +89,7 @@ class Watcher:
     def _status(self) -> RunStatus | None:
         if (self.run / "config.json").exists() or (self.run.exists() and not self.run.is_dir()):
             raise UserError(f"--watch: {self.run} is no run; name the folder of a pre-training run (its run.dir)")
-        if is_tuned(self.run / "model") or any(self.run.glob(f"seed-*/{STATUS}")):
+        if is_tuned(self.run / MODEL) or any(self.run.glob(f"seed-*/{STATUS}")):
             raise _is_finetuning(self.run)
         return read_status(self.run) if (self.run / STATUS).exists() else None
 

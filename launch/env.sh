@@ -101,8 +101,9 @@ late() { :; } # what a script does where they take too long
 ask() {
   asked=yes
   late &
+  asking="$asking $!"
   while scancel --signal=USR1 "$SLURM_JOB_ID"; do sleep 10; done &
-  asking=$!
+  asking="$asking $!"
 }
 launch_until_stopped() {
   local ranks code
@@ -116,8 +117,9 @@ launch_until_stopped() {
     wait $ranks # the first one ended with the signal
     code=$?
   done
-  # It would ask the same job, once that is requeued, to stop as it starts.
-  [ -z "$asking" ] || kill "$asking"
+  # These would ask the same job, once that is requeued, to stop as it starts, or requeue it. Some may have ended.
+  # shellcheck disable=SC2086
+  [ -z "$asking" ] || kill $asking 2>/dev/null
   return $code
 }
 

@@ -20,6 +20,25 @@ def new_loss_scale(device: torch.device) -> Tensor:
     return torch.tensor([START, 0.0], dtype=torch.float32, device=device)
 
 
+def loss_scale_for(precision: str, device: torch.device) -> Tensor | None:
+    """A new loss scale where gradients are computed in fp16; None elsewhere, where they need none."""
+    if precision != "fp16":
+        return None
+    # Partial sums of a product would be kept in fp16, where they can overflow; bf16 has the range for it.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    return new_loss_scale(device)
+
+
+def restore(loss_scale: Tensor | None, saved: list[float] | None) -> list[str]:
+    """Set the scale to what a checkpoint has `saved` of it, in place; a line to say where it has nothing."""
+    if loss_scale is None:
+        return []
+    if not saved:
+        return [f"loss scale: begins at {loss_scale[0]:g}, for the checkpoint has none"]
+    loss_scale.copy_(torch.tensor(saved, dtype=torch.float32))
+    return []
+
+
 @torch.no_grad()
 def adjust(loss_scale: Tensor, finite: Tensor) -> None:
     """Bring the scale up to date behind a step, in place, from a device scalar that is equal on all ranks.

@@ -116,3 +116,12 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     if not all(type(entry.size) is int and type(entry.hash) is str for entry in files):
         raise ValueError("size or hash")
     return Manifest(step, world, launch, saved_at, files)
+
+
+def run_and_step(path: Path) -> tuple[Path, int | None] | None:
+    """The run, and of a checkpoint's own folder the step, that a path stands for; None where it is neither."""
+    if checkpoints_folder(path).is_dir():
+        return path, None
+    if step_of(path) is not None and (path / MANIFEST).exists():
+        return path.parent.parent, step_of(path)
+    return None

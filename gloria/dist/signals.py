@@ -11,6 +11,7 @@ from types import FrameType
 
 # What Slurm, torchrun, a time limit and a person send. All mean: finish the step, save, leave.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+ASKED = "asked to stop"  # the reason of a rank that stops because another was asked
 
 _received: list[int] = []  # signal numbers in the order they came; a handler may only append
 _started = time.monotonic()

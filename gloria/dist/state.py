@@ -58,13 +58,18 @@ def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return found
 
 
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
+    """This rank's shards of the model and its optimizer."""
+    return model_state_dict(model) | optimizer_state_dict(model, optimizer)
+
+
 def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, read: ReadInto) -> None:
     """Fill every parameter, persistent buffer and the optimizer's state in place, without taking a step.
 
     They must have memory (`to_empty` first, not meta). Learning rates are no part of it: they are a function of the
     step.
     """
-    for name, shard in {**model_state_dict(model), **optimizer_state_dict(model, optimizer)}.items():
+    for name, shard in training_state(model, optimizer).items():
         assert not shard.tensor.is_meta, f"{name} is on the meta device: call model.to_empty(device=...) before loading"
         read(name, shard.tensor, shard.offset, shard.shape)
 

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
-from gloria.dist.manifest import MANIFEST, checkpoints_folder, step_of
+from gloria.dist.manifest import run_and_step
 from gloria.errors import UserError, warn
 from gloria.hf import read_tensors, weight_files, write_folder
 from gloria.model import Transformer
@@ -98,8 +98,8 @@ def load_model(name: str, *, language_model: bool = False) -> Loaded:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     path = Path(name)
-    if checkpoint := _checkpoint(path):
-        return _load_checkpoint(checkpoint)
+    if named := run_and_step(path):
+        return _load_checkpoint(find_checkpoint(*named))
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"--model: {name} holds neither checkpoints nor a config.json; name a run or a model's folder")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -190,15 +190,6 @@ def save_model(
         backbone.body.save_pretrained(folder, state_dict=state)
         for file in Path(work).iterdir():
             shutil.copy2(file, folder / file.name)
-
-
-def _checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a run's folder, or a checkpoint's own, stands for."""
-    if checkpoints_folder(path).is_dir():
-        return find_checkpoint(path)
-    if step_of(path) is not None and (path / MANIFEST).exists():
-        return find_checkpoint(path.parent.parent, step_of(path))
-    return None
 
 
 def _load_checkpoint(checkpoint: Path) -> Loaded:

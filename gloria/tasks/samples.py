@@ -10,6 +10,16 @@ from gloria.tasks.catalog import Task
 SAMPLES = Path(__file__).with_name("sample")
 
 
+def describe_sample(task: Task) -> str:
+    """The line that says what is taken where no data are named, and what it is good for."""
+    split, kind = ("train", "training examples") if "train" in task.splits else (task.splits[0], "examples")
+    count = len(task.load(sample_folder(task), split).examples)
+    return (
+        f"data       sample of {task.name} that comes with gloria ({count} {kind}, written for it): "
+        "for trying out, its scores say nothing"
+    )
+
+
 def sample_folder(task: Task) -> Path:
     """The folder that comes with the package and from which `task.load` reads all of the task's splits.
 

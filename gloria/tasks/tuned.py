@@ -39,6 +39,7 @@ from gloria.tasks.examples import Example, Guess, PairGuess, SpanGuess
 from gloria.tasks.heads import LABEL, SCORE, SPAN, TaskModel
 
 TASK, HEAD = "task.json", "head.safetensors"
+MODEL = "model"  # the best one so far, in the folder of a fine-tuning
 FORMAT = 1
 
 
@@ -187,6 +188,11 @@ def save_tuned(tuned: Tuned, state: dict[str, Tensor], folder: Path, extra: dict
 def is_tuned(folder: str | Path) -> bool:
     """Whether a folder is one of `save_tuned`."""
     return (Path(folder) / TASK).is_file()
+
+
+def find_tuned(folder: str | Path) -> Path | None:
+    """The folder of `save_tuned` that is meant: this one, or of a fine-tuning that of its best model; None: neither."""
+    return next((path for path in (Path(folder), Path(folder, MODEL)) if is_tuned(path)), None)
 
 
 def read_task_file(folder: Path) -> dict[str, Any]:

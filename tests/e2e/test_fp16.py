@@ -3,6 +3,7 @@ ranks do not agree on an overflow, or that end because finding the scale looks l
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read
 from gloria.dist.manifest import checkpoint_path
 from gloria.pretrain import main
 from tests import launch
+from tests.e2e.test_guards import plant_in_a_gradient_of_rank_1
 from tests.e2e.test_resume import assert_equal_tensors, assert_went_on, copied, go, saved  # noqa: F401
 from tests.launch import SMALL, flags, losses, metrics
 
@@ -90,20 +92,8 @@ def test_a_run_that_overflows_is_one_without_those_samples_at_the_scale_that_was
     assert (state["overflows"], state["skips"], other["overflows"]) == (bad, 0, 0)
 
 
-def plant_an_infinity_on_rank_1() -> None:
-    honest = gloria.pretrain.forward_backward
-
-    def forward_backward(run: Any, batch: Any) -> torch.Tensor:
-        found = honest(run, batch)
-        if run.step == 5 and run.process.rank == 1:
-            next(run.model.parameters()).grad.to_local()[0, 0] = float("inf")
-        return found
-
-    gloria.pretrain.forward_backward = forward_backward
-
-
 def test_an_overflow_of_one_rank_is_every_ranks_and_show_tells_of_it(recipe, tmp_path, capsys):
-    launch.run(flags(recipe, train__steps=8), 2, tmp_path, plant_an_infinity_on_rank_1)
+    launch.run(flags(recipe, train__steps=8), 2, tmp_path, partial(plant_in_a_gradient_of_rank_1, math.inf))
     assert column(tmp_path / "run", "overflows") == [0] * 5 + [1] + [0] * 2
     assert column(tmp_path / "run", "loss_scale") == [2.0**16] * 6 + [2.0**15] * 2
     assert [line["event"] for line in metrics(tmp_path / "run", "event")] == [

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,14 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 # --- updates left out
 
 
-def plant_nan_in_a_gradient_of_rank_1() -> None:
+def plant_in_a_gradient_of_rank_1(value: float) -> None:
+    """At the sixth step, in one place."""
     honest = gloria.pretrain.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
         losses = honest(run, batch)
         if run.step == 5 and run.process.rank == 1:
-            next(run.model.parameters()).grad.to_local()[0, 0] = float("nan")
+            next(run.model.parameters()).grad.to_local()[0, 0] = value
         return losses
 
     gloria.pretrain.forward_backward = forward_backward
@@ -59,7 +62,7 @@ def plant_nan_in_a_gradient_of_rank_1() -> None:
 
 def test_a_nan_in_one_gradient_of_one_rank_is_as_if_the_batch_had_not_been(recipe, tmp_path):
     recipe |= CONSTANT
-    launch.run(flags(recipe), 2, tmp_path, prepare=plant_nan_in_a_gradient_of_rank_1)
+    launch.run(flags(recipe), 2, tmp_path, prepare=partial(plant_in_a_gradient_of_rank_1, math.nan))
     (event,) = events(tmp_path / "run", "skipped")
     assert (event["step"], event["why"], event["samples"], event["in_a_row"]) == (6, "not finite", "60:72", 1)
     launch.run(flags(recipe, train__steps=11, data__skip_samples="60:72", run__dir=tmp_path / "without"), 2, tmp_path)

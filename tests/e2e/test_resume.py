@@ -20,9 +20,10 @@ from gloria.data.loader import Batch
 from gloria.dist.checkpoint import begin_save, finish
 from gloria.dist.checkpoint_read import read_full_tensors, read_trainer
 from gloria.dist.manifest import checkpoint_path
+from gloria.dist.state import training_state
 from gloria.dist.status import claim_run, release_run
 from gloria.errors import run_command
-from gloria.run import Queued, Run, tensor_state
+from gloria.run import Queued, Run
 from tests import launch
 from tests.launch import SMALL, flags, losses
 
@@ -58,7 +59,15 @@ def observe(folder: Path, replace: Callable[[Any, str, Any], None] = setattr) ->
         rank, world = run.process.rank, run.process.world
         assert finish(
             begin_save(
-                folder, run.step, tensor_state(run), {}, {}, rank=rank, world=world, launch="x", asynchronous=False
+                folder,
+                run.step,
+                training_state(run.model, run.optimizer),
+                {},
+                {},
+                rank=rank,
+                world=world,
+                launch="x",
+                asynchronous=False,
             )
         )
         return run
