@@ -2,7 +2,7 @@
 
 Rows of different lengths go on side by side, each at its own position, and those that are over leave. Our own
 models keep keys and values here, behind prompts padded on the right, where a causal model never looks. Models of
-transformers keep their `past_key_values`, behind prompts padded on the left, as its `generate` has it.
+transformers keep them in a cache of theirs, behind prompts padded on the left, as its `generate` has it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from gloria.attention import additive_mask, attention_masks
 from gloria.model import Transformer
@@ -82,7 +82,7 @@ class ForeignRows:
     model: nn.Module
     ids: Tensor  # (rows, seq), padded on the left
     mask: Tensor  # (rows, seq), 1: a token
-    past: Any = None  # the model's own; None: it has none yet, or keeps none and reads whole rows at every step
+    past: DynamicCache | None  # what the layers keep; None where the model keeps none: whole rows at every step
 
     def step(self, tokens: Tensor | None = None) -> Tensor:
         """Put one token, (rows,), behind each row: fp32 logits of the next, (rows, vocab)."""
@@ -90,13 +90,13 @@ class ForeignRows:
             self.ids = torch.cat((self.ids, tokens[:, None]), dim=1)
             self.mask = torch.cat((self.mask, torch.ones_like(tokens)[:, None]), dim=1)
         positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
-        new = slice(0 if self.past is None else -1, None)
-        # Not every model has all of these: BLOOM no positions, OpenAI GPT no past, others make all logits.
+        new = slice(0 if tokens is None or self.past is None else -1, None)
+        # Not every model has all of these: BLOOM no positions, OpenAI GPT no cache, others make all logits.
         extra = {
             "position_ids": positions[:, new],
             "logits_to_keep": 1,
-            "past_key_values": self.past,
-            "use_cache": True,
+            _cache_name(self.model): self.past,
+            "use_cache": self.past is not None,
         }
         taken = inspect.signature(self.model.forward).parameters
         output = self.model(
@@ -104,7 +104,8 @@ class ForeignRows:
             attention_mask=self.mask,
             **{name: value for name, value in extra.items() if name in taken},
         )
-        self.past = getattr(output, "past_key_values", None)
+        if self.past is not None and not self.past.get_seq_length():
+            self.past = None  # the model takes a cache and has kept nothing in it
         return output.logits[:, -1].float()
 
     def keep(self, rows: Tensor) -> None:
@@ -123,8 +124,14 @@ def begin(
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    rows = ForeignRows(model, ids, mask)
+    rows = ForeignRows(model, ids, mask, DynamicCache(config=model.config) if _cache_name(model) else None)
     return rows, rows.step()
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What a model of transformers calls the cache that it is given: another name since 5.24. "": it takes none."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in taken), "")
 
 
 def _read_prompts(
