@@ -1,4 +1,4 @@
-"""Time of local attention, forward and backward: blocks (`gloria.attention`) against a band mask over the
+"""Time of local attention, forward and backward: blocks (`gloria.model.attention`) against a band mask over the
 square.
 
     python bench/attention.py [--batch 2] [--length 2048] [--window 256] [--heads 8] [--head-dim 64]
@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gloria.attention import Masks, attend, attention_masks
+from gloria.model.attention import Masks, attend, attention_masks
 
 
 def seconds(function: Callable[..., Tensor], inputs: list[Tensor], repeats: int) -> float:

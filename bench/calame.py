@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 from gloria.data.tokenizer import TokenizerConfig, train_tokenizer
 from gloria.dist.process import start_process_group, stop_process_group
-from gloria.hf import write_folder
-from gloria.model import initial_value
-from gloria.model_config import PRESETS, parameter_shapes
-from gloria.tasks.backbones import Loaded, load_model
+from gloria.model.config import PRESETS, parameter_shapes
+from gloria.model.huggingface import write_folder
+from gloria.model.transformer import initial_value
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.encode import length_batches
 from gloria.tasks.examples import LastWord
-from gloria.tasks.lastword import LOG_LIKELIHOOD, RULES, Rule
-from gloria.tasks.loglikelihood import requests, start_ids
+from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, Rule
+from gloria.tasks.models.backbones import Loaded, load_model
+from gloria.tasks.models.encode import length_batches
+from gloria.tasks.models.loglikelihood import requests, start_ids
+from gloria.tasks.models.zeroshot import LIKELIHOOD, Asking, answers
 from gloria.tasks.samples import sample_folder
-from gloria.tasks.zeroshot import LIKELIHOOD, Asking, answers
 
 
 class WordIsOver(StoppingCriteria):

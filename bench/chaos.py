@@ -37,7 +37,7 @@ import gloria.dist.checkpoint
 from gloria.data.mixture import mixture_from_state
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.dist.manifest import checkpoints_folder
-from gloria.dist.status import read_status
+from gloria.dist.run_lock import read_status
 from gloria.prepare import main as prepare
 from tests import launch
 from tests.launch import SMALL, flags, losses, metrics

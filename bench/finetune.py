@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from gloria.hf import write_folder
-from gloria.model import Transformer, initial_value
-from gloria.tasks.backbones import load_model
+from gloria.model.huggingface import write_folder
+from gloria.model.transformer import Transformer, initial_value
 from gloria.tasks.catalog import Task, find_task
 from gloria.tasks.examples import Example, Guess, Pair, PairGuess, SpanGuess
 from gloria.tasks.metrics import score
+from gloria.tasks.models.backbones import load_model
 from gloria.tasks.report import RESULTS
 from gloria.tasks.samples import SAMPLES, sample_folder
 

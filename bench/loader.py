@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gloria.config.cli import argument_parser
 from gloria.data.loader import Loader
 from gloria.data.mixture import new_mixture
 from gloria.data.stages import plan_period
 from gloria.data.stream import TokenStream
 from gloria.data.weights import Source
 from gloria.errors import run_command
-from gloria.options import argument_parser
 
 LENGTH, BATCH = 512, 8
 TOKENS = {"large": 120_000_000, "middle": 60_000_000, "small": 20_000_000}

@@ -1,4 +1,4 @@
-"""Peak memory and time of the loss, forward and backward: chunked (`gloria.loss`) against torch's cross
+"""Peak memory and time of the loss, forward and backward: chunked (`gloria.model.loss`) against torch's cross
 entropy.
 
     python bench/loss_memory.py [--tokens 4096] [--vocab 50257] [--hidden 768] [--dtype float32]
@@ -29,7 +29,7 @@ def measure(method: str, tokens: int, vocab: int, hidden_size: int, dtype: str) 
     import torch
     import torch.nn.functional as F
 
-    from gloria.loss import row_loss_sums
+    from gloria.model.loss import row_loss_sums
 
     torch.manual_seed(0)
     hidden = torch.randn(1, tokens, hidden_size).to(getattr(torch, dtype)).requires_grad_()

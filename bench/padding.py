@@ -22,14 +22,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gloria.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from gloria.model_config import PRESETS
-from gloria.tasks.backbones import Backbone
-from gloria.tasks.backbones import load_tokenizer as load_transformers_tokenizer
+from gloria.model.config import PRESETS
 from gloria.tasks.catalog import find_task
-from gloria.tasks.encode import Row, collate, encode_pairs, epoch_batches
-from gloria.tasks.heads import TaskModel, initialise_heads, row_losses
+from gloria.tasks.models.backbones import Backbone
+from gloria.tasks.models.backbones import load_tokenizer as load_transformers_tokenizer
+from gloria.tasks.models.encode import Row, collate, encode_pairs, epoch_batches
+from gloria.tasks.models.finetuned import task_heads
+from gloria.tasks.models.heads import TaskModel, initialise_heads, row_losses
 from gloria.tasks.samples import sample_folder
-from gloria.tasks.tuned import task_heads
 from tests.tiny_models import build_model
 
 SHAPE = replace(PRESETS["gpt-neo-125m"], num_layers=4, hidden_size=192, num_heads=6, intermediate_size=768)

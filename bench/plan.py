@@ -140,8 +140,8 @@ def _tensors(config, plan) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     from gloria import pretrain
-    from gloria.config import peak_of_step
-    from gloria.memory import executed_flops_per_token
+    from gloria.model.memory import executed_flops_per_token
+    from gloria.train.config import peak_of_step
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run = pretrain.open_run(config, plan)
@@ -202,8 +202,8 @@ def largest_job() -> dict[str, float]:
     """Seconds and bytes of the mixture and the plan for 10^13 tokens, 1,000 sources and 4,096 ranks."""
     from gloria.data.mixture import new_mixture
     from gloria.data.weights import Source
-    from gloria.memory import memory_per_rank
-    from gloria.model_config import PRESETS
+    from gloria.model.config import PRESETS
+    from gloria.model.memory import memory_per_rank
 
     ranks, batch, length = 4096, 8192, 2048
     sources = {f"source-{number:04}": Source(10**10, f"{number:032x}") for number in range(1000)}

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gloria.config.cli import argument_parser
 from gloria.dist.config import CheckpointConfig
 from gloria.dist.manifest import checkpoints_folder, step_of
-from gloria.dist.status import STATUS, RunStatus, claim_run, read_status, release_run
+from gloria.dist.run_lock import STATUS, RunStatus, claim_run, read_status, release_run
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
-from gloria.options import argument_parser
 
 if TYPE_CHECKING:
     from gloria.dist.checkpoint_read import Listed

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 import gloria
-from gloria.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
+from gloria.config.cli import to_mapping
 from gloria.dist import interface
 from gloria.dist.agreement import gather
 from gloria.dist.environment import Environment, read_environment
@@ -40,8 +40,8 @@ from gloria.dist.manifest import saved_steps
 from gloria.dist.process import start_process_group, stop_process_group
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
-from gloria.model_config import count_parameters
-from gloria.options import to_mapping
+from gloria.model.config import count_parameters
+from gloria.train.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 WAIT_MINUTES = 2.0  # for the slowest rank to start

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gloria.config.cli import argument_parser
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.errors import UserError, run_command
-from gloria.hf import DTYPES, write_folder
-from gloria.model_config import ModelShape, count_parameters
-from gloria.options import argument_parser
+from gloria.model.config import ModelShape, count_parameters
+from gloria.model.huggingface import DTYPES, write_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def export_tuned(arguments: argparse.Namespace) -> int:
     """A fine-tuned model as the class of transformers that has its head."""
     # transformers' models take seconds to import, and a run's export has no use for them.
-    from gloria.tasks.export import export_head
-    from gloria.tasks.tuned import find_tuned
+    from gloria.tasks.models.export import export_head
+    from gloria.tasks.models.finetuned import find_tuned
 
     if arguments.run:
         raise UserError("--tuned: stands for a model of its own beside --run; give one of them")

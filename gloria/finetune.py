@@ -17,10 +17,11 @@ from time import perf_counter
 
 from gloria.dist.signals import ASKED, install_stop_handlers, set_time_budget, stop_reason
 from gloria.errors import UserError, run_command
-from gloria.finetune_config import DEMO_MODEL, FinetuneConfig, read_finetune_config
-from gloria.tasks.catalog import Task, find_task
+from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example
 from gloria.tasks.samples import describe_sample, sample_folder
+from gloria.tasks.task import Task
+from gloria.train.finetune_config import DEMO_MODEL, FinetuneConfig, read_finetune_config
 
 
 def check(argv: list[str] | None) -> tuple[FinetuneConfig, Task, Path, list[Example], list[Example]]:
@@ -49,13 +50,9 @@ if __name__ == "__main__":
     if status := run_command(lambda argv: check(argv) and 0, sys.argv[1:], stop_reason):
         raise SystemExit(status)
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from gloria import saving
-from gloria.dist.agreement import require_same_recipe
 from gloria.dist.checkpoint import abandon
 from gloria.dist.loss_scale import adjust
 from gloria.dist.process import agree, leave_process_group, on_any_rank, start_process_group, stop_process_group
@@ -63,37 +60,18 @@ from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, clip_coefficient, gradient_square_sum, reseed, update
 from gloria.dist.state import training_state
 from gloria.dist.step_sums import StepSums, judge, overflowed, pack_sums, unpack_sums
-from gloria.failure import fail
 from gloria.files import parse_json_object, read_bounded
-from gloria.finetune_run import Plan, Run, check_seeds, close_run, is_done, open_run, trainer_state
-from gloria.finetune_score import choose, score_best
-from gloria.finetune_tell import tell_step
 from gloria.optim import schedules
-from gloria.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of
-from gloria.tasks.encode import collate, epoch_batches
-from gloria.tasks.heads import row_losses
+from gloria.tasks.models.encode import collate, epoch_batches
+from gloria.tasks.models.finetuned import pad_id
+from gloria.tasks.models.heads import row_losses
 from gloria.tasks.report import RESULTS, mean_over_seeds, table, write_results
-from gloria.tasks.tuned import pad_id
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's rows: of all ranks by number, and this rank's as tensors, in micro-batches."""
-
-    numbers: list[int]
-    parts: list[tuple[dict[str, Tensor], int]]  # tensors, and how many of their rows count
-
-
-@dataclass(frozen=True)
-class Step:
-    """What has become of a step. Without its tensors, for steps are kept until the log has a line of them."""
-
-    lr: float
-    rows: list[int]  # their numbers, of all ranks
-    tokens: int  # of all ranks
-    sums: StepSums  # over all ranks
-    seconds: float
-    data_seconds: float
+from gloria.train import checkpointing as saving
+from gloria.train.failure import fail
+from gloria.train.finetune_report import tell_step
+from gloria.train.finetune_run import Batch, Plan, Run, Step, check_seeds, close_run, is_done, open_run, trainer_state
+from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of, require_same_recipe
+from gloria.train.selection import choose, score_best
 
 
 def main(argv: list[str] | None = None) -> int:

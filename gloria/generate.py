@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from gloria.config.cli import argument_parser
 from gloria.errors import UserError, run_command, warn
-from gloria.hf import weight_files
-from gloria.options import argument_parser
+from gloria.model.huggingface import weight_files
 
 # What sampling takes where a flag is not given; with --greedy none of them may be.
 _SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 0}

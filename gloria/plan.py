@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gloria.cards import CARDS, ELEMENT_BYTES, Card, gpus_here, precision_on, read_gpus
-from gloria.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
-from gloria.describe import duration_text
+from gloria.config.cli import argument_parser
 from gloria.dist.environment import read_environment
+from gloria.dist.gpus import CARDS, ELEMENT_BYTES, Card, gpus_here, precision_on, read_gpus
 from gloria.errors import UserError, run_command, warn
 from gloria.files import size_text
-from gloria.memory import STATE_BYTES, Memory, executed_flops_per_token, traffic_per_step
-from gloria.metrics import short_number
-from gloria.model_config import PRESETS, ModelShape, count_parameters, flops_per_token, read_shape, resolve_shape
-from gloria.options import argument_parser
+from gloria.model.config import PRESETS, ModelShape, count_parameters, flops_per_token, read_shape, resolve_shape
+from gloria.model.memory import STATE_BYTES, Memory, executed_flops_per_token, traffic_per_step
+from gloria.train.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
+from gloria.train.metrics import short_number
+from gloria.train.summary import duration_text
 
 MODES = ("none", "selective", "full")
 # Of a GPU's memory: what the CUDA context and NCCL take, and the share that a fragmented allocator cannot use.

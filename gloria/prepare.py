@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from gloria.config.cli import argument_parser
 from gloria.data.corpus import MANIFEST, Manifest, open_corpus, write_manifest
-from gloria.data.partial import partial_folder, publish
-from gloria.data.passes import make_corpus
-from gloria.data.recipe import (
+from gloria.data.prepare.passes import make_corpus
+from gloria.data.prepare.recipe import (
     MEGATRON,
     Recipe,
     SourceFile,
@@ -27,12 +27,12 @@ from gloria.data.recipe import (
     to_record,
     tokenizer_place,
 )
-from gloria.data.report import report
-from gloria.data.text import text_bytes
+from gloria.data.prepare.report import report
+from gloria.data.prepare.text import text_bytes
+from gloria.data.prepare.workers import available_cores
 from gloria.data.tokenizer import tokenizer_fingerprint
-from gloria.data.workers import available_cores
 from gloria.errors import UserError, run_command
-from gloria.options import argument_parser
+from gloria.files import partial_folder, publish
 
 DISK_PER_TEXT_BYTE = 1.5  # the texts compressed, and two copies of their tokens
 

@@ -15,12 +15,12 @@ from time import perf_counter
 
 import numpy as np
 
-from gloria.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
-from gloria.demo import prepare_demo_corpus
-from gloria.describe import describe, precision_here
+from gloria.config.cli import to_toml
 from gloria.dist.signals import ASKED, install_stop_handlers, stop_reason
 from gloria.errors import run_command, warn
-from gloria.options import to_toml
+from gloria.train.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
+from gloria.train.demo import prepare_demo_corpus
+from gloria.train.summary import describe, precision_here
 
 
 def check(argv: list[str] | None) -> tuple[PretrainConfig, RunPlan]:
@@ -39,7 +39,6 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from gloria import saving
 from gloria.data.loader import Batch
 from gloria.dist.checkpoint import abandon
 from gloria.dist.loss_scale import adjust
@@ -54,10 +53,12 @@ from gloria.dist.sharding import (
 )
 from gloria.dist.state import training_state
 from gloria.dist.step_sums import judge, overflowed, pack_sums, unpack_sums
-from gloria.failure import fail
 from gloria.optim.schedules import learning_rate
-from gloria.run import SKIPS, TAKEN_OVER, UNSAVED, Queued, Run, close_run, flags_of, open_run, trainer_state
-from gloria.tell import count_step, end_trace, tell_step, trace_steps
+from gloria.train import checkpointing as saving
+from gloria.train.failure import fail
+from gloria.train.pretrain_report import count_step, end_trace, tell_step, trace_steps
+from gloria.train.pretrain_run import Queued, Run, close_run, open_run, trainer_state
+from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of
 
 
 def main(argv: list[str] | None = None) -> int:

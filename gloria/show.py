@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gloria.config.cli import argument_parser
 from gloria.data.corpus import Corpus, open_corpus
 from gloria.data.mixture import Mixture, mixture_from_state
 from gloria.data.stages import Stage, stage_at
@@ -24,7 +25,6 @@ from gloria.data.tokenizer import TextTokenizer, load_tokenizer
 from gloria.dist.manifest import TRAINER, checkpoint_path, saved_steps
 from gloria.errors import UserError, run_command, warn
 from gloria.files import parse_json_object, read_bounded
-from gloria.options import argument_parser
 
 START = "mixture.json"  # what a launch writes before its first step
 

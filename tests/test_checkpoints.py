@@ -15,8 +15,8 @@ import torch
 from gloria.checkpoints import describe_status, duration, main
 from gloria.dist.checkpoint import begin_save, publish
 from gloria.dist.manifest import checkpoint_path, saved_steps
+from gloria.dist.run_lock import RunStatus, claim_run, release_run, write_status
 from gloria.dist.state import Shard
-from gloria.dist.status import RunStatus, claim_run, release_run, write_status
 from gloria.errors import run_command
 
 AGE = re.compile(r"\b\d s\b")

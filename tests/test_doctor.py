@@ -13,10 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from gloria import doctor
-from gloria.config import plan_run, read_pretrain_config
 from gloria.dist.manifest import checkpoint_path
 from gloria.doctor import Row
 from gloria.errors import UserError
+from gloria.train.config import plan_run, read_pretrain_config
 from tests.launch import SMALL, flags
 
 CARD = "NVIDIA A100-SXM4-40GB, 40 GB"

@@ -14,8 +14,8 @@ from gloria.dist.checkpoint import begin_save, publish
 from gloria.dist.state import model_state_dict, optimizer_state_dict
 from gloria.errors import run_command
 from gloria.export import main
-from gloria.hf import read_tensors
-from gloria.model import Transformer
+from gloria.model.huggingface import read_tensors
+from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT_NEO, make_tokenizer, random_ids, uneven_model
 
 SHAPE = replace(GPT_NEO, vocab_size=600)

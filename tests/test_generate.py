@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from gloria.data.tokenizer import TextTokenizer
 from gloria.errors import UserError, run_command
 from gloria.generate import main, prompt_ids
-from gloria.hf import write_folder
-from gloria.model import Transformer
+from gloria.model.huggingface import write_folder
+from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT_NEO, make_tokenizer, uneven_model
 
 PROMPT = "Os barcos saem"

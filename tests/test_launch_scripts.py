@@ -203,7 +203,8 @@ def test_every_rank_of_both_forms_ignores_the_signal_until_it_can_keep_it(job, s
 
 def test_what_runs_before_the_ranks_needs_no_torch():
     """Seconds, and a gigabyte, on a busy login node."""
-    code = "import gloria.checkpoints, gloria.config, gloria.demo, gloria.finetune_config, gloria.dist.interface, sys; "
+    modules = ["checkpoints", "train.config", "train.demo", "train.finetune_config", "dist.interface"]
+    code = "".join(f"import gloria.{module}; " for module in modules) + "import sys; "
     code += "print(*sys.modules.keys() & {'torch', 'transformers', 'scipy'})"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

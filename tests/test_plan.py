@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from gloria import plan
-from gloria.cards import CARDS, card_of_cuda_name, gpus_here, read_gpus
+from gloria.dist.gpus import CARDS, card_of_cuda_name, gpus_here, read_gpus
 from gloria.dist.state import shard_rows
 from gloria.errors import run_command
-from gloria.memory import executed_flops_per_token, traffic_per_step
-from gloria.model_config import PRESETS, count_parameters, flops_per_token, parameter_shapes
+from gloria.model.config import PRESETS, count_parameters, flops_per_token, parameter_shapes
+from gloria.model.memory import executed_flops_per_token, traffic_per_step
 
 RECIPE = ["--config", "launch/gloria-1.3b.toml", "--gpus", "4xA100-40GB"]
 

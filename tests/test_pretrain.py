@@ -12,8 +12,8 @@ import torch
 
 import gloria.pretrain
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
+from gloria.dist.run_lock import read_status
 from gloria.dist.signals import STOP_SIGNALS
-from gloria.dist.status import read_status
 from gloria.errors import run_command
 from gloria.pretrain import main
 from tests.launch import SMALL, flags, losses, metrics

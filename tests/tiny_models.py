@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from gloria.data.tokenizer import TextTokenizer, TokenizerConfig, train_tokenizer
-from gloria.model import Transformer, initial_value
-from gloria.model_config import ModelShape
+from gloria.model.config import ModelShape
+from gloria.model.transformer import Transformer, initial_value
 
 GPT_NEO = ModelShape(
     architecture="gpt-neo",

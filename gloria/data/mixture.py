@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from gloria.config.cli import option, to_mapping
 from gloria.data.changes import redefined_sources, tell_shares, tell_windows
 from gloria.data.mixture_state import (
     ALGORITHM,
@@ -27,7 +28,6 @@ from gloria.data.mixture_state import (
 from gloria.data.stages import LARGEST_PERIOD, Samples, Stage, count_sources, ordinals_at, plan_samples, stage_at
 from gloria.data.weights import Source, next_stage
 from gloria.errors import UserError
-from gloria.options import option, to_mapping
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from gloria.config.cli import from_mapping, option
 from gloria.data.stages import LARGEST, LARGEST_PERIOD, Stage, count_sources, largest_remainder, next_bases
 from gloria.errors import UserError
-from gloria.options import from_mapping, option
 
 VERSION = 2  # of the state's layout
 READABLE = (1, VERSION)  # 1 could leave no samples out

@@ -21,9 +21,9 @@ from typing import NoReturn
 import numpy as np
 import xxhash
 
+from gloria.config.cli import option
 from gloria.errors import UserError
 from gloria.files import sync_folder
-from gloria.options import option
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gloria.config.cli import option
 from gloria.data.permutation import absorb_array, derive_key, permute, random_numbers
-from gloria.options import option
 
 LARGEST_PERIOD = 1 << 20  # (quota << 40) stays below 2**64, and a planned period below 25 MB
 LARGEST = (1 << 62) - 1  # ordinals and samples stay far from the end of int64

@@ -20,10 +20,10 @@ import numpy as np
 import xxhash
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from gloria.config.cli import option
 from gloria.data.shards import dtype_for_vocab
 from gloria.errors import UserError, warn
 from gloria.files import read_json_object
-from gloria.options import option
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"

@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from gloria.config.cli import suggest
 from gloria.data.stages import LARGEST_PERIOD, Stage, count_sources, largest_remainder, next_bases, period_for
 from gloria.errors import UserError
-from gloria.options import suggest
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,8 @@ import torch
 import torch.distributed as dist
 
 import gloria
-from gloria.data.corpus import Manifest, source_fingerprint
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.fields import flatten
-from gloria.options import to_mapping
 
 Made = TypeVar("Made")
 SHARED_SECONDS = 60.0  # a file server may show a new file that late to a node that has looked before
@@ -52,15 +49,6 @@ def require_same(process: Process, own: Mapping[str, Any]) -> None:
                 f"(rank {other}); start all ranks with the same recipe, flags, corpus and environment"
             )
     _end_all(process, problems)
-
-
-def require_same_recipe(process: Process, recipe: object, corpus: Manifest | None = None, **more: Any) -> None:
-    """`require_same` of every key of a recipe, of what lies in the corpus folder on each node, and `more`."""
-    own = flatten(to_mapping(recipe)) | more
-    if corpus:
-        own["data.corpus: tokenizer"] = corpus.tokenizer["fingerprint"]
-        own |= {f"data.corpus: source {entry.name}": source_fingerprint(entry) for entry in corpus.sources}
-    require_same(process, own)
 
 
 def on_all_ranks(process: Process, make: Callable[[], Made]) -> Made:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gloria.options import option
+from gloria.config.cli import option
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The calls and their order were each tried against their near misses, which are s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from gloria.cards import resolve_precision
+from gloria.dist.gpus import resolve_precision
 from gloria.dist.process import Process, on_any_rank
 from gloria.dist.state import model_state_dict
 from gloria.errors import UserError
-from gloria.model import Transformer
-from gloria.model_config import ModelShape
 
 
 def build_mesh(process: Process, replicas: int) -> DeviceMesh:
@@ -56,40 +54,19 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
-def shard_model(
-    shape: ModelShape,
-    mesh: DeviceMesh,
-    device: torch.device,
-    *,
-    precision: str,
-    activation_checkpointing: str,
-    compile_blocks: bool,
-) -> Transformer:
-    """A Transformer whose parameters live in shards on `mesh`; their values are not set yet (`fill_parameters`).
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str) -> None:
+    """Spread a model over `mesh` in place: each block, and the rest with the root; gradients are sums over the ranks.
 
-    Order: checkpointing is a call inside `Block.forward`, then `block.compile()` in place (`torch.compile(block)`
-    would put `_orig_mod.` in the parameter names), then `fully_shard(block)`, then the root, whose group holds the
-    tied embedding whole while the loss is computed inside the root's forward.
-
-    The two setters are not recursive. Without them on *every* FSDPModule gradients are averaged over ranks (they
-    must be sums: the loss is divided by the global token count) or, set on the root alone, wrong by a factor.
+    The two setters are not recursive: without them on every FSDPModule gradients are averaged, or wrong by a factor.
     """
-    with torch.device("meta"):
-        model = Transformer(shape, activation_checkpointing=activation_checkpointing)
     policy = mixed_precision(precision)
-    for block in model.transformer.h:
-        if compile_blocks:
-            block.compile()
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
-    model.to_empty(device=device)
-    # The head reads wte.weight, so a second copy after to_empty would train apart from the first.
-    assert sum(name.endswith("wte.weight") for name, _ in model.named_parameters()) == 1
-    return model
 
 
 @torch.no_grad()

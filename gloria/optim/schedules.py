@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gloria.options import option, to_mapping
+from gloria.config.cli import option, to_mapping
 
 # What each kind reads beyond warm-up and floor: the same key beside another kind is a mistake, and told.
 _KEYS_OF_KIND = {"cosine_hard": ("restarts", "restart_steps"), "wsd": ("decay_steps",)}

@@ -33,6 +33,11 @@ class Span:
     group: str = ""  # one a context: what a bootstrap draws
 
 
+def unlabelled(span: Span) -> bool:
+    """The file does not say what the answer is, nor that there is none."""
+    return not span.answers and not span.impossible
+
+
 @dataclass(frozen=True)
 class LastWord:
     """A context as published and the word that ends it; None where the file has none. `prompt()` strips the context."""

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from gloria.config.cli import suggest
 from gloria.errors import UserError
-from gloria.options import suggest
 from gloria.tasks.examples import (
     Choice,
     ChoiceGuess,
@@ -27,7 +27,7 @@ from gloria.tasks.examples import (
     SpanGuess,
     WordGuess,
 )
-from gloria.tasks.lastword import RULES
+from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.statistics import (
     Array,
     Difference,
@@ -39,9 +39,7 @@ from gloria.tasks.statistics import (
     mean,
     rank_correlation,
 )
-
-if TYPE_CHECKING:
-    from gloria.tasks.catalog import Task
+from gloria.tasks.task import Task
 
 ENGLISH = re.compile(r"\b(a|an|the)\b")
 PORTUGUESE = re.compile(r"\b(o|a|os|as|um|uma|uns|umas)\b")  # as lighteval has them; contractions (do, na) stay

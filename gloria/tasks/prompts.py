@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import xxhash
 
 from gloria.errors import UserError
 from gloria.tasks.examples import Choice, Example, LastWord, Pair, PairGuess
-
-if TYPE_CHECKING:
-    from gloria.tasks.catalog import Task
-
-
-@dataclass(frozen=True)
-class Template:
-    """A pair's prompt: `text` with {first} and {second}, and what is written after it for each label or score."""
-
-    text: str
-    words: Mapping[str, str]
+from gloria.tasks.task import Task
 
 
 @dataclass(frozen=True)

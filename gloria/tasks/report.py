@@ -13,9 +13,9 @@ from typing import Any
 
 import gloria
 from gloria.files import write_whole
-from gloria.tasks.catalog import Task
 from gloria.tasks.examples import Example, Guess
 from gloria.tasks.metrics import score
+from gloria.tasks.task import Task
 
 RESULTS = "results.json"
 GUESSES_FILE = "guesses.jsonl"  # what gloria.evaluate --compare reads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gloria.errors import UserError
-from gloria.tasks.catalog import Task
+from gloria.tasks.task import Task
 
 SAMPLES = Path(__file__).with_name("sample")
 

@@ -6,15 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from gloria.errors import UserError
 from gloria.tasks.examples import ChoiceGuess, Example, Guess, PairGuess, SpanGuess, WordGuess
-from gloria.tasks.files import Problems, json_rows
-
-if TYPE_CHECKING:
-    from gloria.tasks.catalog import Task
+from gloria.tasks.formats.files import Problems, json_rows
+from gloria.tasks.task import Task
 
 KINDS = {
     "label": str,
@@ -36,7 +33,7 @@ def write_submission(
     An example without prediction is left out, as the scripts expect, except that GLUE's server wants every row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prefixes = [f"{prefix}-" for prefix in task.parts.values()] or [""]
+    prefixes = [f"{prefix}-" for _, prefix in task.parts] or [""]
     written = []
     for prefix in prefixes:
         chosen = [example for example in examples if example.id.startswith(prefix)]

@@ -22,12 +22,12 @@ from gloria.data.corpus import (
     Manifest,
     SourceEntry,
     SplitEntry,
-    adopt_megatron,
     open_corpus,
     read_manifest,
     source_fingerprint,
     write_manifest,
 )
+from gloria.data.prepare.adopt import adopt_megatron
 from gloria.data.shards import HEADER, MAGIC, map_tokens, read_index, write_split
 from gloria.data.tokenizer import TextTokenizer, load_tokenizer
 from gloria.errors import UserError
@@ -339,7 +339,7 @@ def smallest_hashes(documents: list[tuple[int, ...]], seed: int) -> list[tuple[i
 def test_adopted_shards_keep_every_document(
     tmp_path: Path, tokenizer: TextTokenizer, monkeypatch, dtype: str, code: int
 ) -> None:
-    monkeypatch.setattr("gloria.data.corpus.ADOPT_TOKENS", 1000)  # several readings even of small files
+    monkeypatch.setattr("gloria.data.prepare.adopt.ADOPT_TOKENS", 1000)  # several readings even of small files
     documents = random_documents(600)
     parts = [documents[:250], documents[250:]]
     prefixes = [foreign(tmp_path / f"raw/{i}", part, dtype, code) for i, part in enumerate(parts)]

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gloria.attention import attend, attention_masks
-from gloria.dist import loss_scale, sharding
+from gloria.model.attention import attend, attention_masks
+from gloria.dist import loss_scale
+from gloria.dist import sharding
 from gloria.dist.loss_scale import adjust, new_loss_scale
 from gloria.dist.process import Process
 from gloria.dist.sharding import (
@@ -23,7 +24,7 @@ from gloria.dist.sharding import (
 )
 from gloria.dist.step_sums import Flags, StepSums, judge, new_running_norm, overflowed, pack_sums, unpack_sums
 from gloria.errors import UserError
-from gloria.model import initial_value
+from gloria.model.transformer import initial_value
 from gloria.optim.config import OptimConfig
 from gloria.optim.optimizers import build_optimizer
 from tests.dist.test_sharding import batch, tiny_shape

@@ -21,8 +21,8 @@ from gloria.dist.sharding import (
 )
 from gloria.dist.step_sums import SPIKE_WINDOW, Flags, judge, new_running_norm, pack_sums, unpack_sums
 from gloria.errors import UserError
-from gloria.model import Transformer, initial_value
-from gloria.model_config import ModelShape
+from gloria.model.transformer import Transformer, initial_value
+from gloria.model.config import ModelShape
 from gloria.optim.config import OptimConfig
 from gloria.optim.optimizers import build_optimizer
 from tests.world import run_world

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gloria.pretrain
-import gloria.run
+import gloria.train.pretrain_run
 from gloria import show
 from gloria.dist import loss_scale
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
@@ -165,7 +165,9 @@ def test_from_a_checkpoint_of_another_precision_or_an_older_one(recipe, tmp_path
     assert lines(4) == [
         "changed: loss scale: begins at 65536, for the checkpoint has none",
     ]
-    monkeypatch.setattr(gloria.run, "precision_and_reason", lambda asked, device: ("fp32", "the card has it"))
+    monkeypatch.setattr(
+        gloria.train.pretrain_run, "precision_and_reason", lambda asked, device: ("fp32", "the card has it")
+    )
     assert lines(5) == [
         "changed: train.precision: fp16 before, fp32 now, for the GPUs are others",
     ]

@@ -19,7 +19,7 @@ import gloria.pretrain
 from gloria.dist import step_sums
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
 from gloria.dist.manifest import saved_steps
-from gloria.dist.status import read_status
+from gloria.dist.run_lock import read_status
 from gloria.pretrain import main
 from tests import launch
 from tests.launch import SMALL, flags, losses, metrics

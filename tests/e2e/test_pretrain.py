@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_full_tensors
-from gloria.dist.status import read_status
+from gloria.dist.run_lock import read_status
 from tests import launch
 from tests.launch import SMALL, flags, losses, metrics
 

@@ -20,10 +20,10 @@ from gloria.data.loader import Batch
 from gloria.dist.checkpoint import begin_save, finish
 from gloria.dist.checkpoint_read import read_full_tensors, read_trainer
 from gloria.dist.manifest import checkpoint_path
+from gloria.dist.run_lock import claim_run, release_run
 from gloria.dist.state import training_state
-from gloria.dist.status import claim_run, release_run
 from gloria.errors import run_command
-from gloria.run import Queued, Run
+from gloria.train.pretrain_run import Queued, Run
 from tests import launch
 from tests.launch import SMALL, flags, losses
 

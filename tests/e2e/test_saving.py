@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import gloria.dist.checkpoint
 import gloria.export
-import gloria.saving
+import gloria.train.checkpointing
 from gloria.checkpoints import main as checkpoints
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, verify
 from gloria.dist.manifest import checkpoint_path, saved_steps
 from gloria.dist.retention import remove_checkpoint
-from gloria.dist.status import read_status
+from gloria.dist.run_lock import read_status
 from gloria.errors import run_command
 from gloria.pretrain import main
 from tests import launch
@@ -49,7 +49,7 @@ def status_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 
 def refuse_writes(steps: set[int], only_rank: int) -> None:
     """From here on this process cannot write a rank's file at these steps, if it is that rank."""
-    begin_save = gloria.saving.begin_save
+    begin_save = gloria.train.checkpointing.begin_save
 
     def begin(run_dir: Path, step: int, *arguments: Any, rank: int, **options: Any) -> Any:
         refused = step in steps and rank == only_rank
@@ -57,7 +57,7 @@ def refuse_writes(steps: set[int], only_rank: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return begin_save(run_dir, step, *arguments, rank=rank, **options)
 
-    gloria.saving.begin_save = begin
+    gloria.train.checkpointing.begin_save = begin
 
 
 def test_a_save_that_fails_on_one_rank_is_told_and_tried_again(recipe, tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_a_run_whose_end_cannot_be_saved_says_so_and_goes_on_later(recipe, tmp_p
 
 def test_a_save_still_under_way_at_the_next_interval_is_waited_for_and_told(recipe, tmp_path, monkeypatch):
     gate = threading.Event()
-    write, finish = gloria.dist.checkpoint.write_tensor_file, gloria.saving.finish
+    write, finish = gloria.dist.checkpoint.write_tensor_file, gloria.train.checkpointing.finish
 
     def slow_write(*arguments: Any, **options: Any) -> tuple[int, str]:
         assert gate.wait(60)
@@ -110,7 +110,7 @@ def test_a_save_still_under_way_at_the_next_interval_is_waited_for_and_told(reci
         return finish(save)
 
     monkeypatch.setattr(gloria.dist.checkpoint, "write_tensor_file", slow_write)
-    monkeypatch.setattr(gloria.saving, "finish", opening)
+    monkeypatch.setattr(gloria.train.checkpointing, "finish", opening)
     assert main(flags(recipe)) == 0
     told = events(tmp_path / "run", "checkpoint", "checkpoint_wait")
     assert told[:2] == [(8, "checkpoint_wait"), (4, "checkpoint")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gloria.dist.status import read_status
+from gloria.dist.run_lock import read_status
 from tests.launch import SMALL, flags, losses
 
 pytestmark = pytest.mark.torchrun

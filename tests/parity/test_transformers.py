@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
-from gloria.hf import read_shape, read_tensors, write_folder
-from gloria.model import Transformer
-from gloria.model_config import PRESETS, ModelShape, count_parameters
+from gloria.model.config import PRESETS, ModelShape, count_parameters
+from gloria.model.huggingface import read_shape, read_tensors, write_folder
+from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, gradients, make_tokenizer, random_ids, uneven_model
 
 LENGTHS = [1, 7, 8, 9, 16, 37, 64]  # the window is 8, there are 64 positions

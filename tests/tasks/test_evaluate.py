@@ -19,7 +19,7 @@ import gloria.finetune as finetune
 from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.tasks.catalog import find_task
-from gloria.tasks.loglikelihood import windows
+from gloria.tasks.models.loglikelihood import windows
 from gloria.tasks.samples import sample_folder
 from tests.tasks.tiny import WORDS, make_folder, sentence, write_assin, write_lines
 from tests.world import run_world

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import gloria.finetune as finetune
-import gloria.run
+import gloria.train.run
 from gloria.dist.manifest import saved_steps
-from gloria.dist.status import STATUS, read_status
+from gloria.dist.run_lock import STATUS, read_status
 from gloria.errors import UserError, run_command
 from gloria.tasks.catalog import find_task
 from tests.tasks.tiny import FAMILIES, make_folder, write_assin, write_squad
@@ -124,7 +124,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(assin, neo, tmp_path, mon
         return "SIGTERM" if len(calls) > 10 else ""
 
     with monkeypatch.context() as patch:
-        patch.setattr(gloria.run, "stop_reason", stop_at_eleven)
+        patch.setattr(gloria.train.run, "stop_reason", stop_at_eleven)
         assert finetune.main(command("assin2", neo, assin, tmp_path / "broken", **flags)) == 0
     assert json.loads((tmp_path / "broken" / "status.json").read_text())["status"] == "stopped"
     assert saved_steps(tmp_path / "broken")[-1] == 11
@@ -139,7 +139,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(assin, neo, tmp_path, mon
 def test_a_changed_recipe_does_not_go_on_with_another_run(assin, neo, tmp_path, monkeypatch, capsys):
     flags = {"train__steps": 8}
     with monkeypatch.context() as patch:
-        patch.setattr(gloria.run, "stop_reason", lambda: "SIGTERM")  # behind the first step
+        patch.setattr(gloria.train.run, "stop_reason", lambda: "SIGTERM")  # behind the first step
         finetune.main(command("assin2", neo, assin, tmp_path / "run", **flags))
     capsys.readouterr()
     assert run_command(finetune.main, command("assin2", neo, assin, tmp_path / "run", **flags, optim__lr=1e-3)) == 2

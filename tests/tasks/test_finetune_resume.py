@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 import gloria.dist.checkpoint
 import gloria.finetune as finetune
-import gloria.finetune_score as finetune_score
-import gloria.run
+import gloria.train.run
+import gloria.train.selection as finetune_score
 from gloria.dist.manifest import saved_steps
-from gloria.dist.status import read_status
+from gloria.dist.run_lock import read_status
 from gloria.errors import run_command
 from tests import launch
 from tests.tasks.test_finetune import command, results
@@ -253,4 +253,6 @@ def test_another_seed_or_another_set_that_chooses_is_another_run(assin, neo, tmp
 def stop_behind(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the run to stop behind so many steps."""
     calls: list[int] = []
-    monkeypatch.setattr(gloria.run, "stop_reason", lambda: calls.append(1) or ("SIGTERM" if len(calls) >= step else ""))
+    monkeypatch.setattr(
+        gloria.train.run, "stop_reason", lambda: calls.append(1) or ("SIGTERM" if len(calls) >= step else "")
+    )

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gloria.dist.process import start_process_group, stop_process_group
-from gloria.tasks.backbones import Loaded, load_model
-from gloria.tasks.loglikelihood import (
+from gloria.tasks.models.backbones import Loaded, load_model
+from gloria.tasks.models.loglikelihood import (
     Request,
     Settings,
     _by_context,

@@ -11,7 +11,7 @@ import pytest
 from gloria.errors import UserError
 from gloria.tasks.catalog import TASKS
 from gloria.tasks.examples import Choice, ChoiceGuess, LastWord, Pair, PairGuess, Span, SpanGuess, WordGuess
-from gloria.tasks.lastword import RULES
+from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.metrics import ENGLISH, PORTUGUESE, normalise, score
 
 MISSING = "1 predictions are missing and count as wrong"

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 
 from gloria.tasks.catalog import TASKS
 from gloria.tasks.examples import Choice, LastWord, Pair, PairGuess, Span, SpanGuess, WordGuess
-from gloria.tasks.lastword import RULES
+from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.metrics import score
 from gloria.tasks.prompts import original_prompt, read_original
 from tests.tasks.published import assin, question, squad

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import gloria.finetune as finetune
 from gloria.dist.process import Process, start_process_group, stop_process_group
+from tests.tasks.models.test_padding import examples_of, make_tuned, outputs
 from tests.tasks.test_finetune import command, results
-from tests.tasks.test_padding import examples_of, make_tuned, outputs
 from tests.tasks.tiny import make_folder, write_assin, write_squad
 from tests.world import run_world
 

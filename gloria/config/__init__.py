@@ -1,0 +1,1 @@
+"""Recipes: sections as dataclasses, TOML and flags, one checker."""

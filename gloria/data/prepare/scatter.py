@@ -1,0 +1,287 @@
+"""Pass 1 of `gloria.prepare`: raw files into spill files of hashed documents, bucket by bucket.
+
+A bucket is a range of the documents' keyed xxh3-128 hashes, so the buckets in order are all documents in
+the order of their hashes: equal texts meet in one bucket (exact deduplication without a global table) and
+the order is a shuffle that hangs on nothing but the texts. A worker writes one spill file, however many
+buckets there are: in it are frames, each a bucket's records (hash, size, source) and then their texts,
+compressed together.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+import zstandard
+
+from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceConfig, SourceFile
+from gloria.data.prepare.text import clean, lines_before, read_documents, text_bytes
+from gloria.data.prepare.workers import Workers
+from gloria.errors import UserError, warn
+
+PIECE_BYTES = 64 << 20  # of an uncompressed file that a worker reads at a stretch
+BATCH_BYTES = 1 << 30  # text of a spill file, about
+BUCKET_BYTES = 64 << 20  # text of a bucket, which a worker holds in memory
+LEAST_BUCKETS, MOST_BUCKETS = 64, 4096
+SPILL_BYTES = 64 << 20  # text a worker holds before it writes it out
+WARNED_FILES = 10  # files with malformed documents that get a line of their own
+SHOWN = 3  # malformed documents of a file that are named; the others are counted
+
+# The hash's upper half orders the documents, its lower half splits them into training and validation.
+RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<i8"), ("source", "<i4")])
+
+
+class Piece(NamedTuple):
+    """A file, or the lines of one that begin in a range of bytes, and its source's number in the recipe."""
+
+    source: int
+    file: SourceFile
+    start: int = 0
+    end: int | None = None
+
+
+class Frame(NamedTuple):
+    """Some of one bucket's documents in a spill file."""
+
+    spill: str
+    offset: int
+    documents: int
+    packed: int  # bytes of the compressed texts
+
+
+@dataclass(frozen=True)
+class ScatterTask:
+    """Pieces to read into one spill file."""
+
+    pieces: Sequence[Piece]
+    sources: Sequence[SourceConfig]
+    seed: int
+    buckets: int
+    spill: str
+
+
+@dataclass
+class PieceCounts:
+    """What became of a piece's documents, and the first malformed ones as (line, problem)."""
+
+    piece: Piece
+    counts: Counter[str] = field(default_factory=Counter)
+    malformed: list[tuple[int, str]] = field(default_factory=list)
+
+
+def read_sources(
+    recipe: Recipe, files: Sequence[Sequence[SourceFile]], work: Path, pool: Workers
+) -> tuple[list[Counter[str]], list[list[Frame]]]:
+    """Pass 1. Counts of documents by source, and the frames of each bucket that holds any, in order."""
+    texts = [
+        (number, file)
+        for number, source in enumerate(files)
+        for file in source
+        if recipe.source[number].format != MEGATRON
+    ]
+    total = sum(text_bytes(file.path, file.format) for _, file in texts)
+    buckets = min(max(total // BUCKET_BYTES, LEAST_BUCKETS), MOST_BUCKETS)
+    pieces = [piece for number, file in texts for piece in _cut(number, file)]
+    (work / "spill").mkdir()
+    tasks = [
+        ScatterTask(batch, recipe.source, recipe.seed, buckets, str(work / "spill" / f"{number:05d}"))
+        for number, batch in enumerate(_batches(pieces, max(4 * pool.count, total // BATCH_BYTES)))
+    ]
+    results: list[PieceCounts] = []
+    frames: dict[int, list[Frame]] = defaultdict(list)
+    for counts, found in pool.map(scatter, tasks, "reading"):
+        results += counts
+        for bucket, more in found.items():
+            frames[bucket] += more
+    counts = [Counter[str]() for _ in recipe.source]
+    for result in results:
+        counts[result.piece.source] += result.counts
+    report_malformed(recipe, counts, results)
+    return counts, [frames[bucket] for bucket in sorted(frames)]
+
+
+def _cut(source: int, file: SourceFile) -> list[Piece]:
+    if file.format != "jsonl":  # the others can only be read from their beginning
+        return [Piece(source, file)]
+    size = Path(file.path).stat().st_size
+    edges = [*range(0, size, PIECE_BYTES), size]
+    return [Piece(source, file, start, end) for start, end in itertools.pairwise(edges)]
+
+
+def _batches(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
+    """At most `count` batches of about the same size: the largest piece first, each joins the lightest."""
+    heap: list[tuple[int, int, list[Piece]]] = [(0, number, []) for number in range(min(count, len(pieces)))]
+    for size, piece in sorted(((_size(piece), piece) for piece in pieces), reverse=True):
+        load, number, batch = heapq.heappop(heap)
+        batch.append(piece)
+        heapq.heappush(heap, (load + size, number, batch))
+    return [batch for _, _, batch in heap]
+
+
+def _size(piece: Piece) -> int:
+    if piece.end is not None:
+        return piece.end - piece.start
+    return text_bytes(piece.file.path, piece.file.format)
+
+
+def report_malformed(recipe: Recipe, counts: Sequence[Counter[str]], results: Sequence[PieceCounts]) -> None:
+    """Warn of malformed documents by file and line; `UserError` for sources that have too many of them."""
+    found: list[dict[str, tuple[int, list[str]]]] = [{} for _ in recipe.source]  # path -> number, the first
+    for result in sorted(results, key=lambda result: result.piece):
+        source, file, start, _ = result.piece
+        if result.malformed:
+            before = lines_before(file.path, start)
+            number, first = found[source].get(file.path, (0, []))
+            first += [f"{file.path}:{before + line} ({problem})" for line, problem in result.malformed]
+            found[source][file.path] = (number + result.counts["malformed"], first[:SHOWN])
+    problems = []
+    for source, count, places in zip(recipe.source, counts, found):
+        bad, read = count["malformed"], count["read"]
+        if bad > recipe.max_malformed * read:
+            shown = [place for _, first in places.values() for place in first]
+            problems.append(
+                f'source "{source.name}": {bad:,} of {read:,} documents are malformed, over max_malformed = '
+                f"{recipe.max_malformed:g}: {_some(shown, bad)}; mend them or raise it"
+            )
+    if problems:
+        raise UserError(*problems)
+    files = [file for places in found for file in places.items()]
+    for path, (number, first) in files[:WARNED_FILES]:
+        warn(f"{path}: {number:,} malformed documents are left out: {_some(first, number)}")
+    if len(files) > WARNED_FILES:
+        warn(f"{len(files) - WARNED_FILES:,} more files have malformed documents, which are left out")
+
+
+def _some(places: Sequence[str], number: int) -> str:
+    return ", ".join(places[:SHOWN]) + (", ..." if number > SHOWN else "")
+
+
+def scatter(task: ScatterTask) -> tuple[list[PieceCounts], dict[int, list[Frame]]]:
+    """Read, clean and hash the pieces' documents into the task's spill file; counts by piece, frames by bucket."""
+    with open(task.spill, "wb") as file:
+        spill = _Spill(file, task.spill, task.buckets)
+        counts = [_scatter_piece(piece, task, spill) for piece in task.pieces]
+        spill.flush()
+    return counts, spill.frames
+
+
+def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCounts:
+    config = task.sources[piece.source]
+    result = PieceCounts(piece)
+    counts = result.counts
+    for line, text, problem in read_documents(
+        piece.file.path,
+        piece.file.format,
+        text_field=config.text_field,
+        documents=config.documents,
+        start=piece.start,
+        end=piece.end,
+    ):
+        counts["read"] += 1
+        data = b""
+        if not problem:
+            text = clean(text)
+            try:
+                data = text.encode()
+            except UnicodeEncodeError:  # JSON may spell one as \ud83d; no UTF-8 file can hold it
+                problem = "half a surrogate pair"
+        if problem:
+            counts["malformed"] += 1
+            if len(result.malformed) < SHOWN:
+                result.malformed.append((line, problem))
+        elif len(text) < config.min_chars:
+            counts["short" if text else "empty"] += 1
+        else:
+            spill.add(piece.source, xxhash.xxh3_128_digest(data, task.seed), data)
+    return result
+
+
+class _Spill:
+    """Documents on their way into one spill file, which `frames` (by bucket) tells how to read."""
+
+    def __init__(self, file: io.BufferedWriter, path: str, buckets: int) -> None:
+        self.frames: dict[int, list[Frame]] = {}
+        self._file, self._path, self._buckets = file, path, buckets
+        self._compressor = zstandard.ZstdCompressor(level=1)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sources: list[int] = []
+        self._digests: list[bytes] = []
+        self._texts: list[bytes] = []
+        self._held = 0
+
+    def add(self, source: int, digest: bytes, data: bytes) -> None:
+        self._sources.append(source)
+        self._digests.append(digest)
+        self._texts.append(data)
+        self._held += len(data)
+        if self._held >= SPILL_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._texts:
+            return
+        halves = np.frombuffer(b"".join(self._digests), ">u8").reshape(-1, 2)  # (documents, high and low)
+        records = np.empty(len(halves), RECORD)
+        records["high"], records["low"] = halves[:, 0], halves[:, 1]
+        records["size"] = [len(data) for data in self._texts]
+        records["source"] = self._sources
+        bucket = ((records["high"] >> 48) * self._buckets) >> 16  # equal ranges of the hash, ascending
+        order = np.argsort(bucket, kind="stable")
+        present, starts = np.unique(bucket[order], return_index=True)
+        for number, chosen in zip(present.tolist(), np.split(order, starts[1:])):
+            packed = self._compressor.compress(b"".join([self._texts[i] for i in chosen]))
+            frame = Frame(self._path, self._file.tell(), len(chosen), len(packed))
+            self._file.write(records[chosen].tobytes())
+            self._file.write(packed)
+            self.frames.setdefault(number, []).append(frame)
+        self._clear()
+
+
+def read_records(frames: Sequence[Frame]) -> np.ndarray:
+    """The records of a bucket, RECORD (documents,), without reading its texts."""
+    parts = [np.fromfile(frame.spill, RECORD, frame.documents, offset=frame.offset) for frame in frames]
+    return np.concatenate(parts)
+
+
+def read_kept(frames: Sequence[Frame]) -> tuple[np.ndarray, list[bytes]]:
+    """What deduplication keeps of a bucket, in the order of the hashes: records (documents,) and texts."""
+    records = read_records(frames)
+    sizes = np.split(records["size"], np.cumsum([frame.documents for frame in frames])[:-1])
+    texts = []
+    for frame, size in zip(frames, sizes):
+        packed = np.fromfile(frame.spill, np.uint8, frame.packed, offset=frame.offset + records.itemsize * len(size))
+        texts += cut_texts(zstandard.ZstdDecompressor().decompress(packed), size)
+    keep, _ = deduplicate(records)
+    return records[keep], [texts[i] for i in keep]
+
+
+def cut_texts(data: bytes, sizes: np.ndarray) -> list[bytes]:
+    """Texts of the given sizes (bytes) that lie one after the other in `data`."""
+    ends = np.cumsum(sizes)
+    return [data[start:end] for start, end in zip((ends - sizes).tolist(), ends.tolist())]
+
+
+def deduplicate(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a bucket's records stay: of equal hashes the first source's in the recipe.
+
+    Gives the kept records' indices in the order of the hashes, (kept,), and for each record the source that
+    keeps its text, (documents,).
+    """
+    order = np.lexsort((records["source"], records["low"], records["high"]))
+    ordered = records[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
+    keep = order[is_first]
+    keeper = np.empty(len(order), np.int32)
+    keeper[order] = records["source"][keep][np.cumsum(is_first) - 1]
+    return keep, keeper

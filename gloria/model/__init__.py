@@ -1,0 +1,1 @@
+"""The transformer, its shape, and Hugging Face folders of it."""

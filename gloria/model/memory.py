@@ -1,0 +1,214 @@
+"""What a rank's memory holds at the worst moment of a step, worked out from the shape alone. Imports no torch.
+
+The model follows the code of model.py, attention.py, loss.py and dist/sharding.py tensor by tensor, run eagerly (a
+compiled block keeps less for backward, so on GPU this is what is needed at most). A step is a series of moments, each
+with what is alive in it: the loss, each block's backward, the embedding's backward. The largest is the peak. Not
+counted: what the process holds besides tensors (Python, the CUDA context, NCCL) and what the allocator wastes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from gloria.model.config import LOCAL, ModelShape, parameter_shapes
+
+STATE_BYTES = 4  # weights, gradients and the optimizer's two averages are fp32 each
+CHUNK_TOKENS = 512  # loss.row_loss_sums computes the logits of so many tokens at a time
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part at the moment of the peak."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int  # kept for backward, and what a block's backward works with
+    loss: int  # a chunk's logits, and the gradients of hidden states and head
+    buffers: int  # whole weights of the blocks at work and of the embedding, gradients on their way
+
+    @property
+    def total(self) -> int:
+        """All of it, which is the peak."""
+        return sum(dataclasses.astuple(self))
+
+    def tell(self) -> str:
+        """The peak and its parts in a line; 1 GiB is 2^30 bytes."""
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in dataclasses.asdict(self).items())
+        return f"{self.total / 2**30:.2f} GiB a rank at the worst moment of a step ({parts})"
+
+
+def memory_per_rank(
+    shape: ModelShape,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    accumulation: int,
+    shards: int,
+    element_bytes: int,
+    activation_checkpointing: str,
+    mask_documents: bool = False,
+) -> Memory:
+    """The peak of a training step on the first rank of `shards` (ranks / replicas), which has the largest shards.
+
+    `accumulation` is the number of micro-batches in a step, `element_bytes` the size of what is computed with: 2 for
+    bf16 and fp16, 4 for fp32.
+    """
+    step = _Step(shape, sequence_length, micro_batch, element_bytes, activation_checkpointing, mask_documents)
+    sizes = _Sizes(shape, shards)
+    kept = [step.kept(layer, activation_checkpointing) for layer in range(shape.num_layers)]
+    # With several micro-batches the sum of gradients is kept whole until the last one, in fp32.
+    summed = STATE_BYTES if accumulation > 1 else 0
+    head_gradient = shape.padded_vocab * shape.hidden_size * element_bytes
+    block, root = sizes.block * element_bytes, sizes.root * element_bytes  # whole weights at work
+    # FSDP2 keeps the last all-gather of the forward pass, and gathers a block ahead in the backward pass.
+    gathered = block if shards > 1 else 0
+    reduced_block, reduced_root = STATE_BYTES * sizes.block, STATE_BYTES * sizes.root
+
+    def at(gradients: int, activations: int, loss: int, buffers: int) -> Memory:
+        weights = STATE_BYTES * sizes.shard
+        return Memory(weights, 2 * weights, gradients, activations, loss, buffers)
+
+    moments = [
+        at(summed * sizes.whole, step.masks + sum(kept) + 2 * step.hidden, step.loss, root + gathered),
+    ]
+    for layer in reversed(range(shape.num_layers)):
+        done = shape.num_layers - 1 - layer
+        gradients = STATE_BYTES * done * sizes.block_shard + summed * (sizes.whole - done * sizes.block)
+        buffers = root + block + 2 * gathered + (reduced_block if done else 0)
+        before = step.masks + sum(kept[:layer])
+        # In the middle of the MLP, and when the block's gradients are whole and its activations gone.
+        middle = buffers + shape.hidden_size * shape.intermediate_size * element_bytes
+        moments.append(at(gradients, before + kept[layer] + step.work(layer), head_gradient, middle))
+        moments.append(at(gradients, before + step.hidden, head_gradient, buffers + block))
+    # The embedding's gradient beside the head's, their sum on its way, and what has become a shard.
+    blocks = STATE_BYTES * shape.num_layers * sizes.block_shard + summed * sizes.root
+    moments.append(at(blocks, 0, 2 * head_gradient, root + gathered + reduced_block))
+    moments.append(at(blocks, 0, head_gradient, reduced_root + gathered))
+    moments.append(at(STATE_BYTES * sizes.shard, 0, 0, reduced_root + gathered))
+    return max(moments, key=lambda memory: memory.total)
+
+
+class _Sizes:
+    """Elements of the parameters: whole and of rank 0's shard, of a block and of the root (embeddings, last norm)."""
+
+    def __init__(self, shape: ModelShape, shards: int) -> None:
+        self.block = self.root = self.block_shard = root_shard = 0
+        for name, size in parameter_shapes(shape).items():
+            whole, shard = math.prod(size), -(-size[0] // shards) * math.prod(size[1:])
+            if name.startswith("transformer.h.0."):
+                self.block += whole
+                self.block_shard += shard
+            elif not name.startswith("transformer.h."):
+                self.root += whole
+                root_shard += shard
+        self.whole = self.root + shape.num_layers * self.block
+        self.shard = root_shard + shape.num_layers * self.block_shard
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Bytes that forward and backward of one micro-batch work with."""
+
+    shape: ModelShape
+    length: int
+    batch: int
+    element: int
+    checkpointing: str
+    mask_documents: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def hidden(self) -> int:
+        return self.tokens * self.shape.hidden_size * self.element
+
+    @property
+    def inner(self) -> int:
+        return self.tokens * self.shape.intermediate_size * self.element
+
+    @property
+    def masks(self) -> int:
+        """Those of attention_masks, made once for all layers."""
+        window = self.shape.window_size
+        whole = self.tokens * self.length * self.element if self.mask_documents else 0
+        blocks = -(-self.length // window) if 0 < window < self.length else 0
+        return whole + self.batch * blocks * 2 * window**2 * self.element
+
+    @property
+    def loss(self) -> int:
+        """In the loss's backward: the gradients of hidden states and head (fp32), a chunk's logits and their softmax.
+
+        From 16 bits softmax works with a copy of the logits in fp32 (with fp16 on GPU it does not). From the second
+        chunk on the gradient of the one before is still there.
+        """
+        copy = 4 if self.element < 4 else 0
+        before = self.element if self.tokens > CHUNK_TOKENS else 0
+        chunk = min(self.tokens, CHUNK_TOKENS) * self.shape.vocab_size * (self.element + copy + 4 + before)
+        return self.hidden + chunk + self.shape.vocab_size * self.shape.hidden_size * STATE_BYTES
+
+    def kept(self, layer: int, checkpointing: str) -> int:
+        """What a layer keeps from forward to backward."""
+        shape, hidden = self.shape, self.hidden
+        log_sums = self.tokens * shape.num_heads * 4  # of the attention, fp32
+        if checkpointing == "full":
+            return hidden  # the block's input
+        if checkpointing == "selective":
+            # input, queries, keys, values, attention, its projection, the MLP's two products
+            return 7 * hidden + self.inner + log_sums
+        attention = 4 * hidden  # queries, keys, values, output
+        if shape.attention_layers[layer] == LOCAL and self.length > shape.window_size:
+            # Padded to whole windows; keys and values twice over, each window's beside those of the one before.
+            padded = -(-self.length // shape.window_size) * shape.window_size
+            attention = 6 * hidden * padded // self.length + (hidden if padded > self.length else 0)
+        norms = 4 * hidden + 4 * self.tokens * 4  # inputs and outputs of two, means and deviations in fp32
+        dropout = 2 * self.tokens * shape.hidden_size if shape.dropout else 0  # a byte for each place of two masks
+        return attention + norms + 2 * self.inner + log_sums + dropout
+
+    def work(self, layer: int) -> int:
+        """What a layer's backward needs besides, at its peak: in the MLP's GELU, its output's value let go of."""
+        gradients = self.hidden + self.inner
+        if self.checkpointing == "none":
+            return gradients
+        computed_again = self.kept(layer, "none") - self.kept(layer, self.checkpointing)
+        # The block's input is among both; selective still holds the MLP's second product, which nobody asks for.
+        return gradients + computed_again + (self.hidden if self.checkpointing == "selective" else 0)
+
+
+def executed_flops_per_token(shape: ModelShape, sequence_length: int, activation_checkpointing: str) -> int:
+    """Floating-point operations of matrix products that forward and backward really do for one token.
+
+    More than `flops_per_token` counts: the loss computes its logits twice, attention its scores again in backward, a
+    local layer looks at two whole windows, and full checkpointing does a layer again but for its last product. Softmax,
+    norms and other pointwise work are left out, as in torch.utils.flop_counter, whose counts these are.
+    """
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    again = activation_checkpointing == "full"
+    matrices = 4 * hidden * hidden + 2 * hidden * inner
+    flops = 8 * shape.vocab_size * hidden
+    for kind in shape.attention_layers:
+        reach = sequence_length
+        if kind == LOCAL and sequence_length > shape.window_size:
+            blocks = -(-sequence_length // shape.window_size)
+            reach = round(2 * shape.window_size * blocks * shape.window_size / sequence_length)
+        flops += 6 * matrices + (2 * (matrices - hidden * inner) if again else 0)
+        flops += hidden * reach * (18 if again else 14)
+    return flops
+
+
+def traffic_per_step(shape: ModelShape, *, passes: int, ranks: int, replicas: int, element_bytes: int) -> int:
+    """Bytes that one rank sends in a step, by ring collectives.
+
+    Each pass gathers every block for forward and again for backward, and the embeddings once; the step's last
+    pass scatters the fp32 gradients, which with HSDP are then added up over the replicas.
+    """
+    shards = ranks // replicas
+    sizes = _Sizes(shape, shards)
+    gathered = passes * element_bytes * (2 * shape.num_layers * sizes.block + sizes.root)
+    scattered = STATE_BYTES * sizes.whole
+    added = 2 * STATE_BYTES * sizes.shard
+    return (gathered + scattered) * (shards - 1) // shards + added * (replicas - 1) // replicas

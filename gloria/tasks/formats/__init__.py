@@ -1,0 +1,1 @@
+"""Task files as they are published."""

@@ -1,0 +1,199 @@
+"""A fine-tuned model with one head as the class of transformers that has such a head, with equal logits.
+
+By rule, not by a model's name: the class is built from the configuration, its last projection becomes our head, and
+what it puts in between is made to do what we do. Whether that has worked is always tried on a batch.
+
+    AutoModelForSequenceClassification   labels, or one number (problem_type "regression")
+    AutoModelForQuestionAnswering        first and last token of an answer
+
+Such a class finds the last token of a row as the last that is not padding, so the pad token is one that ends no row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from gloria.files import replacement
+from gloria.tasks.models.encode import Row, Template, collate, read_template
+from gloria.tasks.models.finetuned import HEAD, Tuned, load_tuned
+from gloria.tasks.models.heads import SCORE, SPAN
+
+TOLERANCE = 1e-4
+_PAD = "<|pad|>"
+
+
+class CannotExport(Exception):
+    """Why a model is not a class of transformers, in a line."""
+
+
+def export_head(folder: Path, out: Path) -> str:
+    """Write `out`, in the place of an older one, from a folder of `finetuned.py`; a line that tells what it is.
+
+    Where no class of transformers gives the same logits, the line begins with "none: ", and there is no folder.
+    """
+    try:
+        with replacement(out) as work:
+            name, difference = _write(load_tuned(folder, torch.device("cpu")), folder, work)
+    except CannotExport as reason:
+        return f"none: {reason}"
+    return f"{out}: {name}, its logits differ from ours by {difference:.1g} at most"
+
+
+def _write(tuned: Tuned, folder: Path, work: Path) -> tuple[str, float]:
+    heads = tuned.inputs.heads
+    if len(heads) > 1:
+        raise CannotExport(f"no class of transformers has two heads, {' and '.join(heads)}")
+    template = read_template(tuned.tokenizer)
+    tokenizer = _tokenizer(tuned, template)
+    model = _build(tuned, folder, tokenizer.pad_token_id)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        _add_padding_row(model, len(tokenizer))
+    weights = load_file(folder / HEAD)
+    (name,) = heads
+    final = (_projections(model) or [None])[-1]
+    if final is None or final.out_features != heads[name]:
+        raise CannotExport(f"{type(model).__name__} does not end in a projection to {heads[name]}")
+    with torch.no_grad():
+        final.weight.copy_(weights[f"{name}.weight"])
+        bias = weights.get(f"{name}.bias", torch.zeros(heads[name]))
+        if final.bias is not None:
+            final.bias.copy_(bias)
+        elif bias.any():
+            _fold(bias, final.weight, model.base_model)
+        _set_between(model)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    loaded = type(model).from_pretrained(work, dtype=torch.float32).eval()
+    difference = _difference(tuned, loaded, template, tokenizer.pad_token_id)
+    if not difference <= TOLERANCE:
+        raise CannotExport(f"the logits of {type(model).__name__} differ from ours by {difference:.2g}")
+    _check_tokenizer(AutoTokenizer.from_pretrained(work), template, tuned.tokenizer)
+    return type(model).__name__, difference
+
+
+def _tokenizer(tuned: Tuned, template: Template) -> PreTrainedTokenizerBase:
+    """The tokenizer, which pads on the right with a token that ends no row, and makes our rows of two texts."""
+    tokenizer = AutoTokenizer.from_pretrained(tuned.source)
+    if tokenizer.pad_token_id in (None, template.end[-1]):
+        tokenizer.add_special_tokens({"pad_token": _PAD})
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = tuned.inputs.max_length
+    names = tokenizer.convert_ids_to_tokens
+    start, middle, end = (
+        [names(number) for number in part] for part in (template.start, template.middle, template.end)
+    )
+    # "$A:0" is the first text, of type 0.
+    parts = [start, ["$A"], middle, ["$B"], end]
+    pair = [f"{piece}:{kind}" for part, kind in zip(parts, template.types) for piece in part]
+    single = [f"{piece}:{template.types[0]}" for part in (start, ["$A"], end) for piece in part]
+    special = {*template.start, *template.middle, *template.end}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(names(number), number) for number in special]
+    )
+    return tokenizer
+
+
+def _build(tuned: Tuned, folder: Path, pad_id: int) -> nn.Module:
+    """The class with the backbone's weights; its head's are still random."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    inputs = tuned.inputs
+    config.pad_token_id = pad_id
+    if SPAN in inputs.heads:
+        kind: Any = AutoModelForQuestionAnswering
+        config.num_labels = 2
+    elif SCORE in inputs.heads:
+        kind = AutoModelForSequenceClassification
+        config.num_labels, config.problem_type = 1, "regression"
+    else:
+        kind = AutoModelForSequenceClassification
+        config.id2label = dict(enumerate(inputs.labels))
+        config.label2id = {label: number for number, label in enumerate(inputs.labels)}
+        config.problem_type = "single_label_classification"
+    if hasattr(config, "pooler_hidden_act") and not hasattr(tuned.model.backbone.body, "pooler"):
+        config.pooler_hidden_act = "linear"  # with identity weights that pooler does nothing
+    try:
+        model, info = kind.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:100]
+        raise CannotExport(f"transformers has no {kind.__name__.removeprefix('Auto')} of it ({reason})") from None
+    prefix = f"{model.base_model_prefix}."
+    if lost := sorted(name for name in info["missing_keys"] if name.startswith(prefix)):
+        raise CannotExport(f"{type(model).__name__} has a {lost[0]}, which our model has not")
+    return model.eval()
+
+
+def _projections(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers outside the backbone, in their order."""
+    inside = {id(module) for module in model.base_model.modules()}
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
+
+
+def _set_between(model: nn.Module) -> None:
+    """A square layer before the head is our pooler where the backbone has one, and otherwise does nothing."""
+    pooler = getattr(getattr(model.base_model, "pooler", None), "dense", None)
+    for layer in _projections(model)[:-1]:
+        if layer.in_features != layer.out_features:
+            continue
+        layer.weight.copy_(torch.eye(layer.in_features) if pooler is None else pooler.weight)
+        if layer.bias is not None:
+            layer.bias.copy_(torch.zeros_like(layer.bias) if pooler is None else pooler.bias)
+
+
+def _fold(bias: Tensor, weight: Tensor, body: nn.Module) -> None:
+    """A number's bias, for a projection without one, as a shift of the last norm along the projection's weights."""
+    norms = [module for module in body.modules() if type(module).__name__.endswith("Norm")]
+    shift = getattr(norms[-1], "bias", None) if norms else None
+    if shift is None or len(weight) != 1 or shift.shape != weight[0].shape or not weight.any():
+        raise CannotExport("its class has a head without a bias, and no bias in its last norm that could stand in")
+    shift += bias * weight[0] / weight[0].square().sum()
+
+
+def _add_padding_row(model: nn.Module, tokens: int) -> None:
+    """Room for a pad token; what its embedding is no mask lets through."""
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    model.get_input_embeddings().weight.data[-1] = 0.0
+
+
+@torch.no_grad()
+def _difference(tuned: Tuned, model: nn.Module, template: Template, pad_id: int) -> float:
+    """How far the logits of both are apart at most, on random rows of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    limit = min(tuned.inputs.max_length, 48) - template.special(True)
+    rows = []
+    for length in (limit, max(limit // 2, 2), max(limit // 3, 2), 2):
+        ids = torch.randint(len(tuned.tokenizer), (length,), generator=generator).tolist()
+        cut = length // 2
+        parts = [[*template.start], ids[:cut], [*template.middle], ids[cut:], [*template.end]]
+        types = [kind for part, kind in zip(parts, template.types) for _ in part]
+        whole = [number for part in parts for number in part]
+        # Every token may begin or end an answer here, so that no logit is left out of the comparison.
+        rows.append(Row(whole, types, 0, first=0, offsets=((0, 0),) * len(whole)))
+    batch = collate(rows, pad_id, torch.device("cpu"))
+    extra = {"token_type_ids": batch["types"]} if tuned.model.backbone.token_types else {}
+    (ours,) = tuned.model.eval()({**batch, "ids": batch["ids"].clamp(max=len(tuned.tokenizer) - 1)}).values()
+    theirs = model(input_ids=batch["ids"], attention_mask=batch["mask"], **extra)
+    if SPAN not in tuned.inputs.heads:
+        return float((ours - theirs.logits).abs().max())
+    both = torch.stack([theirs.start_logits, theirs.end_logits], dim=-1)
+    return float((ours - both)[batch["mask"].bool()].abs().max())
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template, own: PreTrainedTokenizerBase) -> None:
+    """The saved tokenizer must make the rows that the model was trained on."""
+    first, second = (own(text, add_special_tokens=False)["input_ids"] for text in ("um", "dois"))
+    if tokenizer("um", "dois")["input_ids"] != [*template.start, *first, *template.middle, *second, *template.end]:
+        raise CannotExport("its tokenizer, once saved, does not put the separators where the model has learned them")

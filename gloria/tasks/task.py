@@ -1,0 +1,113 @@
+"""What a task is: its files, examples, metrics and prompts. The tasks there are stand in catalog.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from gloria.errors import UserError
+from gloria.tasks.examples import Choice, Example, LastWord, Pair, unlabelled
+from gloria.tasks.formats.files import Loaded, find_file
+
+Family = Literal["pair", "span", "last_word", "choice"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A pair's prompt: `text` with {first} and {second}, and what is written after it for each label or score."""
+
+    text: str
+    words: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What there is to know of a task. Splits are "train", "dev", "test", as far as its files are known."""
+
+    name: str
+    family: Family
+    reader: Callable[[Path, Task], Loaded]
+    metrics: tuple[str, ...]
+    selection: str  # the metric by which a checkpoint is chosen; higher is better
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # split -> names its file may have in the folder
+    parts: tuple[tuple[Task, str], ...] = ()  # or: tasks read one after the other, and their ids' prefix
+    labels: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None  # of the score
+    targets: tuple[str, ...] = ()  # a pair's heads: "entailment" (any classification), "similarity" (any score)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a table: field -> the names it may have
+    templates: Mapping[str, Template] = field(default_factory=dict)  # target -> its prompt
+    submission: str = ""  # the file of predictions, whose ending says its official format
+    hold_out: bool = False  # the dev set is what is reported, so a tenth of train chooses the checkpoint
+
+    @property
+    def gold_column(self) -> str:
+        return "label" if self.labels else "score"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files) or self.parts[0][0].splits
+
+    def has(self, folder: Path, split: str) -> bool:
+        """Whether the folder has the files of a split."""
+        parts = [part for part, _ in self.parts] or [self]
+        return all(any((folder / name).is_file() for name in part.files.get(split, ())) for part in parts)
+
+    def read(self, folder: Path | str, split: str) -> list[Example]:
+        """The examples of a split, in the file's order. Raises `UserError` for a missing file or malformed rows."""
+        return self.load(folder, split).examples
+
+    def load(self, folder: Path | str, split: str) -> Loaded:
+        """`read`, and counts of what the file is like: examples, labels missing, answers not at their offset..."""
+        if split not in self.splits:
+            raise UserError(f'{self.name}: has no split "{split}"; it has {", ".join(self.splits)}')
+        if self.parts:
+            examples: list[Example] = []
+            counts: Counter[str] = Counter()
+            for part, prefix in self.parts:
+                loaded = part.load(folder, split)
+                examples += [replace(example, id=f"{prefix}-{example.id}") for example in loaded.examples]
+                counts.update(loaded.counts)
+            return Loaded(examples, dict(counts))
+        path = find_file(Path(folder), self.files[split], f"the {split} split of {self.name}")
+        loaded = self.reader(path, self)
+        if split != "test" and not any(self.labelled(example) for example in loaded.examples):
+            raise UserError(f"{path}: no example is labelled; only a test split may be without labels")
+        return loaded
+
+    def labelled(self, example: Example) -> bool:
+        """Whether the file says what is right."""
+        if isinstance(example, Pair):
+            gold = {"entailment": example.label, "similarity": example.score}
+            return all(gold[target] is not None for target in self.targets)
+        if isinstance(example, LastWord):
+            return example.word is not None
+        return example.answer is not None if isinstance(example, Choice) else not unlabelled(example)
+
+    def training(self, folder: Path | str) -> tuple[list[Example], list[Example]]:
+        """The examples to train on and those that choose the checkpoint: the dev set, or a tenth of train by hash.
+
+        The tenth is of contexts (or first sentences), so that none is on both sides. Never the test set.
+        """
+        train = self.read(folder, "train")
+        bare = sum(not self.labelled(example) for example in train)
+        if bare:
+            raise UserError(f"{folder}: {bare} of {len(train)} training examples are not labelled; take them out")
+        if not self.hold_out:
+            return train, self.read(folder, "dev")
+        held = [xxhash.xxh3_64_intdigest(f"held out {_text(example)}".encode()) % 10 == 0 for example in train]
+        kept = [example for example, out in zip(train, held) if not out]
+        chosen = [example for example, out in zip(train, held) if out]
+        if not kept or not chosen:
+            raise UserError(
+                f"{folder}: {len(train)} training examples are too few for a tenth to be held out; get more"
+            )
+        return kept, chosen
+
+
+def _text(example: Example) -> str:
+    return example.first if isinstance(example, Pair) else getattr(example, "context", "")

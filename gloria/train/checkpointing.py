@@ -1,0 +1,66 @@
+"""Checkpoints that a run writes while it goes on: begun by its loop, settled by what the ranks say in a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gloria.dist.checkpoint import abandon, begin_save, finish, publish
+from gloria.dist.retention import prune
+from gloria.dist.state import Shard, rng_state_dict
+from gloria.dist.step_sums import StepSums
+from gloria.train.run import Run
+
+
+def begin(run: Run, tensors: dict[str, Shard], trainer: dict[str, Any], *, asynchronous: bool) -> None:
+    """Start the checkpoint of this step, of all that the run has to remember. One still under way is waited for."""
+    run.watch.at(run.step, "checkpoint", patient=True)
+    if run.save:
+        if run.log:
+            run.log.event(run.step, "checkpoint_wait", for_step=run.save.step)
+        tell_save(run, whole=finish(run.save))
+    run.save = begin_save(
+        run.folder,
+        run.step,
+        tensors,
+        rng_state_dict(),
+        trainer,
+        rank=run.process.rank,
+        world=run.process.world,
+        launch=run.launch,
+        asynchronous=asynchronous,
+        staging=run.staging,
+    )
+    if not asynchronous:
+        tell_save(run, whole=finish(run.save))
+
+
+def settle(run: Run, sums: StepSums) -> None:
+    """Publish the save under way once every rank has written its part, or let go of it where one has failed."""
+    if not run.save or not (sums.saves_failed or sums.saves_done == run.process.world):
+        return
+    if sums.saves_failed:
+        abandon(run.save)
+        tell_save(run, whole=False)
+    else:
+        tell_save(run, whole=not run.process.is_main or publish(run.save))
+
+
+def wait(run: Run) -> None:
+    """Let the save under way come to its end, at the end of a run."""
+    if run.save:
+        tell_save(run, whole=finish(run.save))
+
+
+def tell_save(run: Run, *, whole: bool) -> None:
+    """A save is over: say how it went, and let go of checkpoints that are no longer wanted."""
+    save, run.save = run.save, None
+    if whole:
+        run.saved_step = save.step
+    if not run.log:
+        return
+    if whole:
+        keep = run.config.checkpoint
+        gone = prune(run.folder, keep.keep, keep.keep_every)
+        run.log.event(save.step, "checkpoint", bytes=save.bytes, seconds=round(save.seconds, 3), pruned=gone)
+    else:
+        run.log.event(save.step, "checkpoint_failed", error=save.error or "on another rank")

@@ -1,0 +1,357 @@
+"""The recipe of a pre-training run: the rooms' sections as one tree, checked as a whole and put in numbers.
+
+Imports no torch, so that a wrong recipe is told at once and `--dry-run` needs no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from gloria.config.cli import option, parse
+from gloria.config.schema import NO_KEY, label
+from gloria.data.corpus import Corpus, open_corpus, source_fingerprint
+from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
+from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
+from gloria.data.prepare.report import MOST_EPOCHS, weights_within
+from gloria.data.weights import Source, resolve_weights
+from gloria.dist.config import CheckpointConfig, DistConfig
+from gloria.dist.environment import read_environment
+from gloria.dist.gpus import precision_option
+from gloria.errors import UserError
+from gloria.model.config import ModelConfig, ModelShape, count_parameters, flops_per_token, resolve_shape
+from gloria.model.memory import Memory, memory_per_rank
+from gloria.optim import schedules
+from gloria.optim.config import OptimConfig
+from gloria.optim.schedules import ScheduleConfig
+from gloria.train.metrics import LogConfig
+
+T = TypeVar("T")
+
+DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo.toml"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run keeps what it writes, and what makes it repeatable."""
+
+    dir: str = option(help="folder of the run: checkpoints, metrics.jsonl, tensorboard; a run that is in it goes on")
+    seed: int = option(0, "decides initial weights, data order and dropout", minimum=0, maximum=2**63 - 1)
+    resume: int | Literal["auto", "never"] = option(
+        "auto",
+        "auto goes on from the newest whole checkpoint, a step from that one; never wants a folder without a run",
+        minimum=1,
+    )
+    max_minutes: float | None = option(
+        None, "minutes after its start at which a launch saves and stops, to go on in the next one", above=0
+    )
+    deterministic: bool = option(
+        False, "on CUDA, too, the same bits in every run, by slower kernels (CPU always has them)"
+    )
+    device: str = option("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what batches, in what precision."""
+
+    steps: int | None = option(None, "optimizer steps in all; this or epochs", minimum=1)
+    epochs: float | None = option(
+        None, "passes over all windows of the sources in use taken together; this or steps", above=0
+    )
+    global_batch: int = option(
+        512, "windows a step, over all ranks: what the optimizer sees, whatever the machine", minimum=1
+    )
+    micro_batch: int | None = option(
+        None,
+        "windows a rank works on at once, which costs memory: a step makes global_batch / (micro_batch * "
+        "ranks) passes, which must come out even; default: the rank's whole share, in one pass",
+        minimum=1,
+    )
+    sequence_length: int = option(512, "tokens that are predicted in a window", minimum=1)
+    precision: str = precision_option()
+    activation_checkpointing: str = option(
+        "none",
+        "what the backward pass computes again instead of keeping it: full takes the least memory and a "
+        "third more time, selective keeps the matrix products",
+        choices=("none", "full", "selective"),
+    )
+    compile: Literal["auto", True, False] = option(
+        "auto", "torch.compile each block: faster steps after a slow first one; auto does on GPU only"
+    )
+    clip_norm: float = option(1.0, "gradients with a greater global norm are scaled down to it", above=0)
+    max_skips: int = option(
+        10,
+        "steps in a row that may be skipped (loss or gradient not finite, or a spike) before the run stops",
+        minimum=1,
+    )
+    skip_spikes: float | None = option(
+        None,
+        "skips a step whose gradient norm is so many standard deviations above its running mean, from step 100 on",
+        above=0,
+    )
+    profile_steps: str = option(
+        "", "A:B writes a torch profiler trace of the steps from A to before B, of each rank, under DIR/profile"
+    )
+
+
+@dataclass(frozen=True)
+class ValidConfig:
+    """Validation by source on held-out windows, always the same."""
+
+    every: int = option(1000, "steps from one validation to the next, and the last step has one; 0: never", minimum=0)
+    windows: int = option(256, "windows of each source, evenly spread over what there is", minimum=1)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """All that a pre-training run is told."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: MixtureConfig
+    train: TrainConfig
+    dist: DistConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    valid: ValidConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    dry_run: bool = option(False, "print the recipe and what it amounts to, and stop")
+    verify: bool = option(False, "check the hash of every shard at the start, and not only its size")
+    where: str = field(default="recipe", compare=False, repr=False, metadata=NO_KEY)  # the file, as it was named
+    given: dict[str, str] = field(default_factory=dict, compare=False, repr=False, metadata=NO_KEY)
+
+    def label(self, key: str) -> str:
+        """How an error line about `key` begins: the flag that gave it, or file and key."""
+        return label(key, self.where, self.given)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The run in numbers, and the opened corpus."""
+
+    world: int
+    accumulation: int  # micro-batches of each rank in a step
+    corpus: Corpus
+    weights: dict[str, float]  # of all sources of the corpus, as they hold in this run
+    mixture: Mixture  # as it is at the start of a run
+    shape: ModelShape
+    total_steps: int
+    tokens: int  # predicted in the whole run
+    epochs: dict[str, float]  # passes over each source in use
+    parameters: dict[str, int]  # by part, and "total"
+    flops_per_token: int  # forward and backward
+    warnings: tuple[str, ...]
+
+
+def read_pretrain_config(argv: Sequence[str] | None = None, world: int | None = None) -> PretrainConfig:
+    """The recipe in `--config FILE` (without one, the demo's) with flags laid over it.
+
+    `train.micro_batch` is filled in for `world` ranks, by default those at hand. A `UserError` has every problem:
+    unknown keys, wrong values and impossible combinations.
+    """
+    world = world or read_environment().world
+    demo = os.path.relpath(DEMO) if DEMO.is_relative_to(Path.cwd()) else DEMO
+    parsed = parse(
+        PretrainConfig,
+        list(argv or ()),
+        prog="python -m gloria.pretrain",
+        description="Pre-train a GPT-2 or GPT-Neo language model on a weighted mixture of token shards.",
+        default_config=demo,
+        rivals=[
+            ("train.steps", "train.epochs"),
+            ("model.preset", "model.from"),
+            ("schedule.restarts", "schedule.restart_steps"),
+        ],
+        check=lambda config: _contradictions(config, world),
+    )
+    config = parsed.config
+    train = dataclasses.replace(
+        config.train, micro_batch=config.train.micro_batch or config.train.global_batch // world
+    )
+    return dataclasses.replace(config, train=train, where=parsed.where, given=parsed.given)
+
+
+def span(text: str) -> range | None:
+    """The numbers that `A:B` names, from A to before B; None for an empty text. ValueError for any other."""
+    if not text:
+        return None
+    first, last = (int(part) for part in text.split(":"))
+    if not 0 <= first < last:
+        raise ValueError(text)
+    return range(first, last)
+
+
+def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    train, checkpoint = config.train, config.checkpoint
+    for key, text in (("train.profile_steps", train.profile_steps), ("data.skip_samples", config.data.skip_samples)):
+        try:
+            span(text)
+        except ValueError:
+            yield (key,), f'"{text}" is no stretch; give A:B with A before B, such as 96:120'
+    if (train.steps is None) == (train.epochs is None):
+        found = "neither is given" if train.steps is None else "both are given"
+        yield ("train.steps", "train.epochs"), f"steps and epochs: {found}; give one of them"
+    if problem := _batch_problem(train.global_batch, train.micro_batch, world):
+        yield ("train.micro_batch", "train.global_batch"), problem
+    if world % config.dist.replicas:
+        divisors = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+        what = f"{config.dist.replicas} does not divide the number of ranks, {world}; give one of {divisors}"
+        yield ("dist.replicas",), what
+    yield from schedules.problems(config.schedule, train.steps if train.epochs is None else None)
+    if checkpoint.keep_every % checkpoint.every:
+        yield (
+            ("checkpoint.keep_every", "checkpoint.every"),
+            f"{checkpoint.keep_every} is no multiple of every, {checkpoint.every}; give a multiple",
+        )
+
+
+def _batch_problem(global_batch: int, micro_batch: int | None, world: int) -> str | None:
+    at_once = (micro_batch or 1) * world
+    if global_batch % at_once == 0:
+        return None
+    if global_batch % world:
+        whole = -(-global_batch // at_once) * at_once
+        return f"{world} ranks do not divide train.global_batch {global_batch}; set that to {whole}"
+    share = global_batch // world
+    nearest = min((size for size in range(1, share + 1) if share % size == 0), key=lambda size: abs(size - micro_batch))
+    return (
+        f"{micro_batch} x {world} ranks = {at_once} does not divide train.global_batch {global_batch}; "
+        f"set it to {nearest}"
+    )
+
+
+def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
+    """Open the corpus, work out model, length and epochs; `UserError` has every problem that shows here.
+
+    `world` is the number of ranks, by default those at hand.
+    """
+    environment = read_environment()
+    world = world or environment.world
+    train = config.train
+    problems: list[str] = []
+
+    # One rank hashes every byte; the others would only read them again.
+    verify = config.verify and environment.rank == 0
+    corpus = _attempt(lambda: open_corpus(config.data.corpus, verify=verify), problems)
+    vocab_size = int(corpus.manifest.tokenizer["vocab_size"]) if corpus else 1
+    shape = _attempt(
+        lambda: resolve_shape(config.model, vocab_size=vocab_size, sequence_length=train.sequence_length),
+        problems,
+    )
+    mixture = _attempt(lambda: _mixture(config, corpus), problems) if corpus else None
+    if problems:
+        raise located(config, UserError(*problems))
+    assert corpus is not None  # what failed is reported
+    assert shape is not None
+    assert mixture is not None
+
+    total_steps = train.steps
+    if total_steps is None:
+        total_steps = steps_for_epochs(mixture, train.epochs)
+    for keys, what in schedules.problems(config.schedule, total_steps):
+        problems.append(f"{keys[0]}: {what}")
+    _attempt(lambda: check_epochs(config, mixture, total_steps), problems)
+    if problems:
+        raise located(config, UserError(*problems))
+    return RunPlan(
+        world=world,
+        accumulation=train.global_batch // (train.micro_batch * world),
+        corpus=corpus,
+        weights=resolve_weights(corpus.weights, config.data.weights),
+        mixture=mixture,
+        shape=shape,
+        total_steps=total_steps,
+        tokens=total_steps * train.global_batch * train.sequence_length,
+        epochs=mixture.epochs_at(total_steps * train.global_batch),
+        parameters=count_parameters(shape),
+        flops_per_token=flops_per_token(shape, train.sequence_length),
+        warnings=(*_repeats(config, mixture, total_steps), *_without_validation(config, corpus, mixture)),
+    )
+
+
+def check_epochs(config: PretrainConfig, mixture: Mixture, total_steps: int) -> None:
+    """A `UserError` has each source that the run, from where `mixture` stands, reads more than `data.max_epochs`."""
+    check_exhaustion(mixture, mixture.samples_of_step(total_steps).start, config.data.max_epochs)
+
+
+def located(config: PretrainConfig, error: UserError) -> UserError:
+    """The same problems, with the file or the flag that gave it in front of each key of the recipe."""
+    sections = "|".join(section.name for section in dataclasses.fields(config))
+    lines = []
+    for problem in error.problems:
+        found = re.match(rf"((?:{sections})(?:\.[^:\s]+)?): ", problem)
+        lines.append(f"{config.label(found[1])}: {problem[found.end() :]}" if found else problem)
+    return UserError(*lines)
+
+
+def peak_of_step(config: PretrainConfig, shape: ModelShape, world: int, *, element_bytes: int) -> Memory:
+    """A rank's memory at the worst moment of a step of this recipe on `world` ranks."""
+    train = config.train
+    return memory_per_rank(
+        shape,
+        sequence_length=train.sequence_length,
+        micro_batch=train.micro_batch,
+        accumulation=train.global_batch // (train.micro_batch * world),
+        shards=world // config.dist.replicas,
+        element_bytes=element_bytes,
+        activation_checkpointing=train.activation_checkpointing,
+        mask_documents=config.data.mask_documents,
+    )
+
+
+def _mixture(config: PretrainConfig, corpus: Corpus) -> Mixture:
+    sources = {entry.name: Source(entry.train.tokens, source_fingerprint(entry)) for entry in corpus.manifest.sources}
+    return new_mixture(
+        config.run.seed,
+        config.train.sequence_length,
+        sources,
+        resolve_weights(corpus.weights, config.data.weights),
+        global_batch=config.train.global_batch,
+        period=config.data.period,
+        tokenizer=str(corpus.manifest.tokenizer["fingerprint"]),
+    )
+
+
+def _repeats(config: PretrainConfig, mixture: Mixture, total_steps: int) -> list[str]:
+    samples = total_steps * config.train.global_batch
+    over = {name: passes for name, passes in mixture.epochs_at(samples).items() if passes > MOST_EPOCHS}
+    if not over:
+        return []
+    windows = {name: mixture.sources[name].windows(config.train.sequence_length) for name in mixture.names}
+    weights = weights_within(dict(zip(mixture.names, mixture.stages[-1].weights)), windows, samples)
+    told = "and above 4 they teach little"
+    if weights is None:
+        name = max(over, key=over.__getitem__)
+        return [
+            f'up to {over[name]:.1f} epochs (source "{name}"), {told}: {samples:,} windows are asked of '
+            f"{sum(windows.values()):,}, so no weights avoid it; shorten the run or find more text"
+        ]
+    return [
+        f'source "{name}": {passes:.1f} epochs, {told}; set data.weights.{name} to {weights[name]:.4g} to avoid it'
+        for name, passes in over.items()
+    ]
+
+
+def _without_validation(config: PretrainConfig, corpus: Corpus, mixture: Mixture) -> list[str]:
+    length = config.train.sequence_length
+    held_out = {name: corpus.source(name).valid.tokens for name in mixture.names if config.valid.every}
+    return [
+        f'source "{name}" has no validation: its {tokens} held-out tokens hold no window of {length} + 1'
+        for name, tokens in held_out.items()
+        if tokens <= length
+    ]
+
+
+def _attempt(function: Callable[[], T], problems: list[str]) -> T | None:
+    try:
+        return function()
+    except UserError as error:
+        problems.extend(error.problems)
+        return None

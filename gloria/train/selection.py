@@ -1,0 +1,102 @@
+"""Scores of a fine-tuning: on the set that chooses the model while it trains, on those that are reported at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gloria.config.cli import to_mapping
+from gloria.dist.agreement import on_all_ranks
+from gloria.dist.process import agree, on_any_rank
+from gloria.dist.signals import stop_reason
+from gloria.tasks.metrics import score
+from gloria.tasks.models.export import export_head
+from gloria.tasks.models.finetuned import MODEL, load_tuned, predict, save_tuned, whole_state
+from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, write_results
+from gloria.tasks.submissions import write_guesses, write_submission
+from gloria.train.finetune_report import tell_scores
+from gloria.train.finetune_run import Run
+
+
+class AskedToStop(Exception):
+    """Some rank has been asked to stop: raised on all of them, between two batches."""
+
+
+def choose(run: Run) -> bool:
+    """Score the set that chooses the model, and keep the model where it is the best so far.
+
+    False, and nothing is chosen, where the run is asked to stop meanwhile.
+    """
+    task = run.plan.task
+    run.watch.at(run.step, "validation", patient=True)
+    try:
+        found, _ = predict(run.tuned, run.plan.selection, run.config.eval.batch, run.process, _go_on(run, "validation"))
+    except AskedToStop:
+        return False
+    scores = score(task, run.plan.selection, found, resamples=0)
+    values = {name: value.value for name, value in scores.items()}
+    now, before = values[task.selection], run.best.get("scores", {}).get(task.selection)
+    better = not run.best or (now is not None and (before is None or now > before))
+    tell_scores(run, values, better)
+    if better:
+        run.best = {"step": run.step, "scores": values}
+        state = whole_state(run.tuned.model, keep=run.process.is_main)
+        agree(run.process, lambda: _keep_best(run, state))
+    run.chosen_step = run.step
+    return True
+
+
+def _go_on(run: Run, phase: str) -> Callable[[], None]:
+    """What to do before each batch: a large set takes longer than a rank may be silent, and than a stop can wait."""
+
+    def before_batch() -> None:
+        if on_any_rank(bool(stop_reason())):
+            raise AskedToStop
+        run.watch.at(run.step, phase, patient=True)
+
+    return before_batch
+
+
+def _keep_best(run: Run, state: dict[str, Tensor]) -> int:
+    extra = {"model": run.tuned.source, "seed": run.seed, **run.best}
+    save_tuned(run.tuned, state, run.folder / MODEL, extra)
+    return 0
+
+
+def score_best(run: Run) -> bool:
+    """Load the best model as anybody would, score the sets that are reported, each once, and export it.
+
+    False, and there are no results, where the run is asked to stop meanwhile.
+    """
+    run.watch.at(run.step, "end", patient=True)
+    plan, process = run.plan, run.process
+    run.optimizer.state.clear()  # room for a whole model
+    tuned = on_all_ranks(process, lambda: load_tuned(run.folder / MODEL, process.device))
+    # The splits that are reported, as far as the folder has them.
+    splits = [split for split in ("dev", "test") if plan.task.has(plan.folder, split)]
+    reads = on_all_ranks(process, lambda: [plan.task.load(plan.folder, split) for split in splits])
+    records = []
+    for split, read in zip(splits, reads):
+        try:
+            found, encoded = predict(tuned, read.examples, run.config.eval.batch, process, _go_on(run, "end"))
+        except AskedToStop:
+            return False
+        run.watch.at(run.step, "end", patient=True)
+        if process.is_main:
+            counts = {**read.counts, f"longer than {tuned.inputs.max_length} tokens": encoded.truncated}
+            records.append(
+                score_record(plan.task, split, read.examples, found, method="fine-tuned head", counts=counts)
+            )
+            target = run.folder / "predictions" / split
+            target.mkdir(parents=True, exist_ok=True)
+            write_submission(plan.task, read.examples, found, target)
+            write_guesses(target / GUESSES_FILE, found)
+    if process.is_main:
+        print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
+        about = {"model": str(run.folder / MODEL), "from": run.config.model, "seed": run.seed, "chosen": run.best}
+        about["recipe"] = to_mapping(run.config)
+        write_results(run.folder / RESULTS, about, records)
+    dist.barrier()
+    return True

@@ -1,0 +1,402 @@
+"""Prevents: a corpus that depends on workers, on the order of files or on how documents are cut into files; lost,
+doubled or misplaced documents; and a half-made corpus that looks whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+import zstandard
+
+from gloria import prepare
+from gloria.data.corpus import open_corpus
+from gloria.data.prepare import passes
+from gloria.data.prepare import scatter as spill
+from gloria.data.prepare.recipe import find_files, read_recipe
+from gloria.data.prepare.text import clean
+from gloria.data.prepare.workers import Workers
+from gloria.data.shards import map_tokens, read_index
+from gloria.data.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from gloria.errors import UserError
+from gloria.files import partial_folder
+
+WORDS = """
+a o de que e do da em um para com não uma os no se na por mais as dos como mas ao ele das à seu sua ou
+quando muito nos já eu também só pelo pela até isso ela entre depois sem mesmo aos seus quem nas me esse
+eles você essa num nem suas meu às minha numa pelos elas qual nós lhe deles essas esses pelas este dele
+mar navio rio coração montanha palavra caminho pão árvore inverno Lisboa Coimbra Évora século república
+freguesia ção
+""".split()  # noqa: SIM905 (a list of quoted words would fill a page)
+
+
+def make_texts(key: str, count: int, most_words: int = 60) -> list[str]:
+    choose = random.Random(key)
+    return [
+        f"{key} {number}: " + " ".join(choose.choices(WORDS, k=choose.randint(3, most_words))) + "."
+        for number in range(count)
+    ]
+
+
+def write_lines(path: Path, texts: Iterable[str]) -> None:
+    data = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = zstandard.ZstdCompressor().compress(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def write_recipe(
+    folder: Path, names: Sequence[str], tokenizer: str | None, extra: str = "", paths: str = '["{}"]'
+) -> Path:
+    """A recipe whose sources are the folders `names`."""
+    lines = [extra, "[tokenizer]", "vocab_size = 600"]
+    lines += [f'path = "{tokenizer}"'] if tokenizer else []
+    for number, name in enumerate(names):
+        lines += ["[[source]]", f'name = "{name}"', f"paths = {paths.format(name)}", f"weight = {number + 1}"]
+    path = folder / "corpus.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(recipe: Path, out: Path, *flags: str) -> None:
+    workers = [] if "--workers" in flags else ["--workers", "1"]
+    assert prepare.main([str(recipe), "--out", str(out), *workers, *flags]) == 0
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def read_documents(corpus: Path, name: str, split: str) -> list[str]:
+    """The texts of a split, in the shards' order; each document must end with EOS and hold it nowhere else."""
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    texts = []
+    for shard in getattr(open_corpus(corpus).source(name), split).shards:
+        tokens, offsets = map_tokens(corpus / shard.path), read_index(corpus / shard.path).document_offsets()
+        ends = np.flatnonzero(tokens == tokenizer.eos_id)
+        assert ends.tolist() == (offsets[1:] - 1).tolist()
+        texts += [tokenizer.decode(tokens[a : b - 1]) for a, b in pairwise(offsets)]
+    return texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small tokenizer, trained once."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TokenizerConfig(vocab_size=600), make_texts("tokenizer", 300), folder)
+    return str(folder)
+
+
+def sources_with_duplicates() -> dict[str, list[str]]:
+    """Three sources: texts that are in several of them, several times in one, in two spellings, or empty."""
+    first, second, third = make_texts("um", 300), make_texts("dois", 120), make_texts("três", 40)
+    return {
+        "um": first + first[:30] + ["cafe\u0301 da manhã", "", " \n"],
+        "dois": second + first[20:40] + second[:5] + ["café da manhã", "linha\r\nseguinte"],
+        "tres": third + first[:3] + second[5:9] + ["linha\nseguinte ", "<|endoftext|> é texto"],
+    }
+
+
+def expected(sources: dict[str, list[str]], seed: int) -> dict[str, tuple[list[str], list[str]]]:
+    """What a corpus must hold, said as plainly as can be: texts for training and for validation by source."""
+    seen: set[str] = set()
+    result = {}
+    for name, texts in sources.items():
+        kept = [text for text in dict.fromkeys(map(clean, texts)) if text and text not in seen]
+        seen.update(kept)
+        hashes = {text: xxhash.xxh3_128_intdigest(text.encode(), seed) for text in kept}
+        size = {text: len(text.encode()) for text in kept}
+        total = sum(size.values())
+        most = min(total * 0.10, 8_000_000)
+        goal = min(max(total * 0.01, 64_000), most)
+        valid: list[str] = []
+        for text in sorted(kept, key=lambda text: hashes[text] % 2**64):
+            reached = sum(size[other] for other in valid)
+            if valid and (reached >= goal or reached + size[text] > most):
+                break
+            valid.append(text)
+        order = sorted(kept, key=hashes.__getitem__)
+        result[name] = ([t for t in order if t not in valid], [t for t in order if t in valid])
+    return result
+
+
+def test_the_corpus_is_what_the_plain_statement_says(tmp_path: Path, tokenizer: str) -> None:
+    sources = sources_with_duplicates()
+    for name, texts in sources.items():
+        write_lines(tmp_path / name / "a.jsonl", texts)
+    run(write_recipe(tmp_path, list(sources), tokenizer, "seed = 5\nshard_tokens = 3000"), tmp_path / "out")
+    for name, (train, valid) in expected(sources, 5).items():
+        assert read_documents(tmp_path / "out", name, "train") == train
+        assert read_documents(tmp_path / "out", name, "valid") == valid
+        assert train
+        assert valid
+    corpus = open_corpus(tmp_path / "out")
+    assert len(corpus.source("um").train.shards) > 2
+    um = {"read": 333, "malformed": 0, "empty": 2, "short": 0, "duplicate": 30, "duplicate_elsewhere": 0}
+    dois = {"read": 147, "malformed": 0, "empty": 0, "short": 0, "duplicate": 5, "duplicate_elsewhere": 21}
+    tres = {"read": 49, "malformed": 0, "empty": 0, "short": 0, "duplicate": 0, "duplicate_elsewhere": 8}
+    for name, counts in {"um": um, "dois": dois, "tres": tres}.items():
+        entry = corpus.source(name)
+        texts = [text for split in expected(sources, 5)[name] for text in split]
+        assert entry.counts == counts | {"kept": len(texts)}
+        assert entry.train.bytes + entry.valid.bytes == sum(len(text.encode()) for text in texts)
+        assert entry.train.words + entry.valid.words == sum(len(text.split()) for text in texts)
+
+
+def test_the_bytes_depend_on_nothing_but_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = sources_with_duplicates()
+    one, many = tmp_path / "one", tmp_path / "many"
+    shuffle = random.Random(3).shuffle
+    for name, texts in sources.items():
+        write_lines(one / name / "a.jsonl", texts)
+        texts = list(texts)
+        shuffle(texts)
+        for number, suffix in enumerate((".jsonl", ".jsonl.gz", ".json.zst", ".jsonl", ".json")):
+            write_lines(many / name / f"{number}{suffix}", texts[number::5])
+    extra = "shard_tokens = 3000"
+    run(write_recipe(one, list(sources), None, extra), tmp_path / "out1")
+    run(write_recipe(many, list(sources), None, f'out = "x"\n{extra}'), tmp_path / "out2", "--workers", "3")
+    made = files_of(tmp_path / "out1")
+    assert files_of(tmp_path / "out2") == made
+    assert {"manifest.json", "tokenizer/tokenizer.json", "um/train-00002.bin", "tres/valid-00000.idx"} <= set(made)
+    assert str(tmp_path).encode() not in b"".join(made.values())
+    # The same in another order of paths, with files read in pieces, many spills and another number of buckets.
+    for name, value in (("PIECE_BYTES", 500), ("SPILL_BYTES", 3000), ("LEAST_BUCKETS", 7)):
+        monkeypatch.setattr(spill, name, value)
+    backwards = '["{0}/4*", "{0}/3.jsonl", "{0}/2*", "{0}/1*", "{0}/0*", "{0}"]'
+    run(write_recipe(many, list(sources), None, extra, backwards), tmp_path / "out3")
+    assert files_of(tmp_path / "out3") == made
+    # And it can fail: one document more is another corpus.
+    write_lines(one / "um" / "b.jsonl", ["mais um"])
+    run(write_recipe(one, list(sources), None, extra), tmp_path / "out4")
+    assert files_of(tmp_path / "out4") != made
+
+
+def test_a_source_added_last_leaves_the_others_as_they_were(tmp_path: Path, tokenizer: str) -> None:
+    sources = sources_with_duplicates()
+    for name, texts in sources.items():
+        write_lines(tmp_path / name / "a.jsonl", texts)
+    run(write_recipe(tmp_path, ["um", "dois"], tokenizer), tmp_path / "before")
+    run(write_recipe(tmp_path, ["um", "dois", "tres"], tokenizer), tmp_path / "after")
+    before, after = files_of(tmp_path / "before"), files_of(tmp_path / "after")
+    shards = [name for name in before if name != "manifest.json"]
+    assert len(shards) == 2 + 2 * 2 * 2
+    assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
+    assert len(after) == len(before) + 4
+
+
+def test_token_shards_are_adopted_beside_text(tmp_path: Path) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 50))
+    write_lines(tmp_path / "dois" / "a.jsonl", make_texts("dois", 50))
+    run(write_recipe(tmp_path, ["um"], None), tmp_path / "made")
+    recipe = write_recipe(tmp_path, ["dois"], "made/tokenizer")
+    recipe.write_text(recipe.read_text() + '\n[[source]]\nname = "velho"\npaths = ["made/um"]\nformat = "megatron"')
+    run(recipe, tmp_path / "out", "--workers", "2")
+    texts = [read_documents(tmp_path / "out", "velho", split) for split in ("train", "valid")]
+    assert sorted(texts[0] + texts[1]) == sorted(make_texts("um", 50))
+    assert all(texts)
+    assert len(read_documents(tmp_path / "out", "dois", "train")) > 40
+
+
+def test_the_tokenizer_learns_from_a_sample_by_weight_without_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample: list[str] = []
+
+    def train_and_tell(config: TokenizerConfig, texts: Iterable[str], folder: Path) -> TextTokenizer:
+        sample.extend(texts)
+        return train_tokenizer(config, sample, folder)
+
+    monkeypatch.setattr(passes, "train_tokenizer", train_and_tell)
+    for name in ("um", "dois", "tres"):
+        write_lines(tmp_path / name / "a.jsonl", make_texts(name, 20 if name == "tres" else 2000, 20))
+    recipe, out = write_recipe(tmp_path, ["um", "dois", "tres"], None), tmp_path / "out"
+    recipe.write_text(recipe.read_text().replace("vocab_size = 600", "vocab_size = 600\nsample_bytes = 60_000"))
+    run(recipe, out)
+    assert sample == sorted(sample, key=lambda text: xxhash.xxh3_128_intdigest(text.encode(), 0))
+    trained = {name: read_documents(out, name, "train") for name in ("um", "dois", "tres")}
+    drawn = {name: [text for text in sample if text in set(texts)] for name, texts in trained.items()}
+    assert sum(map(len, drawn.values())) == len(sample), "only documents of training"
+    # Weights 1, 2, 3: a sixth, a third, and all that the small source has for training.
+    assert sum(len(text.encode()) for text in drawn["um"]) == pytest.approx(10_000, rel=0.25)
+    assert sum(len(text.encode()) for text in drawn["dois"]) == pytest.approx(20_000, rel=0.25)
+    assert drawn["tres"] == trained["tres"]
+    # Drawn by another hash than the one that orders: from everywhere in the order.
+    places = [trained["um"].index(text) / len(trained["um"]) for text in drawn["um"]]
+    assert np.histogram(places, 4, (0, 1))[0].min() > len(places) / 10
+
+
+def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None:
+    for name in ("um", "dois"):
+        write_lines(tmp_path / name / "a.jsonl", make_texts(name, 6000, 100))
+    recipe, out = write_recipe(tmp_path, ["um", "dois"], tokenizer), tmp_path / "out"
+    command = [sys.executable, "-m", "gloria.prepare", str(recipe), "--out", str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.partial-*/tokens/*.tokens")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    (partial,) = tmp_path.glob("out.partial-*")
+    assert not list(partial.rglob("manifest.json"))
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=r"no such folder, only an unfinished out\.partial-"):
+        open_corpus(out)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines()[0] == f"{partial}: left by a launch that died, removed"
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    run(recipe, tmp_path / "other")
+    assert files_of(tmp_path / "other") == files_of(out)
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, rest = status.read_text().split(" (", 1)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(rest.rpartition(") ")[2].split()[1]) == parent:
+            found.append(int(number))
+    return found
+
+
+def is_running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_wait() -> None:
+    with Workers(2) as pool, pytest.raises(UserError) as error:
+        list(pool.map(os._exit, [3, 3], "tokenising"))
+    assert str(error.value) == (
+        "tokenising: a worker process died (killed, or out of memory); start again with fewer --workers"
+    )
+
+
+def test_an_error_in_a_worker_is_one_line_and_leaves_nothing(tmp_path: Path, tokenizer: str) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl.gz", make_texts("um", 500))
+    path = tmp_path / "um" / "a.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    recipe = write_recipe(tmp_path, ["um"], tokenizer)
+    command = [sys.executable, "-m", "gloria.prepare", str(recipe), "--out", str(tmp_path / "out"), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    reason = "Compressed file ended before the end-of-stream marker was reached"
+    assert done.stderr == f"error: {path}: is no whole .gz file ({reason}); get it again\n"
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_no_torch_is_imported(tmp_path: Path, tokenizer: str) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 20))
+    recipe = write_recipe(tmp_path, ["um"], tokenizer)
+    script = "from gloria.prepare import main; import sys; main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", script, str(recipe), "--out", str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = done.stdout.splitlines()[-1].split()
+    assert "tokenizers" in imported
+    assert not {"torch", "transformers"} & set(imported)
+
+
+def test_a_corpus_that_is_there_is_left_or_refused_or_replaced(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 100))
+    recipe, out = write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out"
+    run(recipe, out)
+    made = files_of(out)
+    capsys.readouterr()
+    run(recipe, out, "--verify")
+    assert capsys.readouterr().out.startswith(f"{out}: is already whole, every hash is right\nsource ")
+    run(recipe, out)
+    assert capsys.readouterr().out.startswith(f"{out}: is already whole\nsource ")
+    # A flipped byte is seen by --verify only; sizes are always checked.
+    shard = out / "um" / "train-00000.bin"
+    shard.write_bytes(made["um/train-00000.bin"][:-1] + b"\xff")
+    with pytest.raises(UserError, match=r"train-00000\.bin: its hash is "):
+        run(recipe, out, "--verify")
+    shard.write_bytes(made["um/train-00000.bin"])
+    # Another recipe, other text.
+    write_recipe(tmp_path, ["um"], tokenizer, "seed = 1")
+    with pytest.raises(UserError) as error:
+        run(recipe, out)
+    assert str(error.value) == (
+        f"{out}: was made by another recipe (it differs in seed); give another --out, or --force to make it again"
+    )
+    write_recipe(tmp_path, ["um"], tokenizer)
+    write_lines(tmp_path / "um" / "b.jsonl", make_texts("mais", 10))
+    os.utime(tmp_path / "um" / "b.jsonl", (2**33, 2**33))
+    with pytest.raises(UserError) as error:
+        run(recipe, out)
+    assert str(error.value) == (f"{out}: {tmp_path}/um/b.jsonl has changed since it was made; --force makes it again")
+    assert files_of(out) == made
+    run(recipe, out, "--force")
+    assert len(read_documents(out, "um", "train")) > 95
+    assert files_of(out).keys() == made.keys()
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_two_launches_on_one_corpus(tmp_path: Path, tokenizer: str) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 10))
+    recipe, out = write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out"
+    with partial_folder(out) as work, pytest.raises(UserError) as error:
+        run(recipe, out)
+    assert str(error.value) == (f"{out}: another launch is making it ({work.name}); wait for it or give another --out")
+    run(recipe, out)
+
+
+def test_the_report_tells_epochs_and_a_weight(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 400))
+    write_lines(tmp_path / "dois" / "a.jsonl", make_texts("dois", 100))
+    recipe, out = write_recipe(tmp_path, ["um", "dois"], tokenizer), tmp_path / "out"
+    run(recipe, out)
+    capsys.readouterr()
+    corpus = open_corpus(out)
+    one, two = (corpus.source(name).train.tokens for name in ("um", "dois"))
+    budget = 3 * (one + two)
+    run(recipe, out, "--budget-tokens", str(budget))
+    _, headings, first, second = capsys.readouterr().out.splitlines()
+    assert headings.endswith("weight   share  epochs  weight for 4 epochs")
+    assert first.split()[-3:] == ["1", "33.33%", f"{budget / 3 / one:.2f}"]
+    assert second.split()[-4:-1] == ["2", "66.67%", f"{budget * 2 / 3 / two:.2f}"]
+    weight = float(second.split()[-1])
+    assert budget * weight / (1 + weight) / two == pytest.approx(4, rel=1e-3)
+    run(recipe, out, "--budget-tokens", "1e9")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "no weights keep every source at 4 epochs: "
+        f"1,000,000,000 tokens are more than 4 epochs of all, {4 * (one + two):,}"
+    )
+
+
+def test_the_sample_recipe_reads(repository: Path) -> None:
+    where = str(repository / "launch" / "sample.toml")
+    recipe = read_recipe(where)
+    files = find_files(recipe, where)
+    assert [source.name for source in recipe.source] == ["enciclopedia", "parlamento", "dialogos", "cartas"]
+    assert all(len(found) >= 3 for found in files)

@@ -1,0 +1,93 @@
+"""Bug prevented: answers that depend on how many rows are scored at once, or on the side that is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gloria.tasks.models.finetuned as tuned_module
+from gloria.dist.process import Process, start_process_group, stop_process_group
+from gloria.tasks.catalog import find_task
+from gloria.tasks.examples import Example
+from gloria.tasks.metrics import score
+from gloria.tasks.models.backbones import load_model
+from gloria.tasks.models.encode import collate
+from gloria.tasks.models.finetuned import (
+    Inputs,
+    Tuned,
+    encode,
+    guesses,
+    load_tuned,
+    row_outputs,
+    save_tuned,
+    task_heads,
+)
+from gloria.tasks.models.heads import TaskModel, initialise_heads
+from tests.tasks.tiny import FAMILIES, make_folder, write_assin, write_squad
+
+TASKS = {"assin2": "dev", "faquad": "dev"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs and questions of all lengths, and contexts of several windows."""
+    folder = write_assin(tmp_path_factory.mktemp("data"), {"dev": 11})
+    return write_squad(folder, {"dev": 7}, impossible=True, words=20)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A model of each family with random heads for each task."""
+    root = tmp_path_factory.mktemp("tuned")
+    return {
+        (family, task): make_tuned(family, task, root / f"{family}-{task}") for family in FAMILIES for task in TASKS
+    }
+
+
+@pytest.fixture
+def alone() -> Iterator[Process]:
+    yield start_process_group("cpu", 5)
+    stop_process_group()
+
+
+def make_tuned(family: str, task: str, folder: Path) -> Path:
+    loaded, about = load_model(str(make_folder(family, folder / "base"))), find_task(task)
+    model = TaskModel(loaded.backbone, task_heads(about), 0.0)
+    initialise_heads(model, 1, 3.0)
+    for head in model.heads.values():
+        head.weight.data.mul_(10)  # so that scores differ by more than the last places of a sum do
+    inputs = Inputs(task, about.labels, task_heads(about), 40, 8, 30, no_answer=True)
+    save_tuned(Tuned("", model, loaded.tokenizer, inputs), dict(model.state_dict()), folder / "model", {})
+    return folder / "model"
+
+
+def outputs(folder: Path, examples: list[Example], batch: int, process: Process) -> tuple[np.ndarray, dict]:
+    """What the heads say, and the scores."""
+    tuned = load_tuned(folder, process.device)
+    rows = encode(tuned, examples, training=False).rows
+    found = row_outputs(tuned, rows, batch, process)
+    scores = score(tuned.task, examples, guesses(tuned, examples, rows, found), resamples=0)
+    return found, {name: value.value for name, value in scores.items()}
+
+
+def examples_of(folder: Path, data: Path) -> list[Example]:
+    task = folder.parent.name.rpartition("-")[2]
+    return find_task(task).read(data, TASKS[task])
+
+
+def test_batch_size_and_side_of_the_padding_change_no_score(folders, data, alone, monkeypatch):
+    for (family, task), folder in folders.items():
+        examples = examples_of(folder, data)
+        one, scores = outputs(folder, examples, 1, alone)
+        many, scores_of_many = outputs(folder, examples, 64, alone)
+        with monkeypatch.context() as patch:
+            patch.setattr(tuned_module, "collate", partial(collate, side="left"))
+            left, scores_of_left = outputs(folder, examples, 64, alone)
+        np.testing.assert_allclose(many, one, atol=1e-4, err_msg=f"{family} {task}")
+        np.testing.assert_allclose(left, one, atol=1e-4, err_msg=f"{family} {task} padded on the left")
+        assert scores_of_many == pytest.approx(scores, abs=1e-4)
+        assert scores_of_left == pytest.approx(scores, abs=1e-4)
