@@ -31,7 +31,7 @@ from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, Rule
 from gloria.tasks.models.backbones import Loaded, load_model
 from gloria.tasks.models.encode import length_batches
 from gloria.tasks.models.loglikelihood import requests, start_ids
-from gloria.tasks.models.zeroshot import LIKELIHOOD, Asking, answers
+from gloria.tasks.models.zeroshot import LIKELIHOOD, EvalSettings, answers
 from gloria.tasks.samples import sample_folder
 
 
@@ -139,7 +139,7 @@ def main() -> None:
                     wanted[name] = one_by_one(theirs, loaded, part, RULES[name])
                 alone[name] = clock() - begun
             for rules, (slow, fast, differing) in sums.items():
-                asking = Asking(LIKELIHOOD, 0, 0, rules, a.batch)
+                asking = EvalSettings(LIKELIHOOD, 0, 0, rules, a.batch)
                 begun = clock()
                 found = {answer.rule: answer.guesses for answer in answers(loaded, task, part, [], asking, process)}
                 seconds = clock() - begun

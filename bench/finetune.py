@@ -25,7 +25,7 @@ import torch
 from gloria.model.huggingface import write_folder
 from gloria.model.transformer import Transformer, initial_value
 from gloria.tasks.catalog import Task, find_task
-from gloria.tasks.examples import Example, Guess, Pair, PairGuess, SpanGuess
+from gloria.tasks.examples import Example, Pair, PairPrediction, Prediction, SpanPrediction
 from gloria.tasks.metrics import score
 from gloria.tasks.models.backbones import load_model
 from gloria.tasks.report import RESULTS
@@ -43,15 +43,15 @@ def random_twin(model: str, folder: Path, seed: int) -> str:
     return str(folder / "random")
 
 
-def constant_answers(train: list[Example], examples: list[Example]) -> dict[str, Guess]:
+def constant_answers(train: list[Example], examples: list[Example]) -> dict[str, Prediction]:
     """The most frequent label and the mean score of the training set; to a question, the whole context."""
     if isinstance(train[0], Pair):
         labels = Counter(example.label for example in train if example.label is not None)
         scores = [example.score for example in train if example.score is not None]
         label = labels.most_common(1)[0][0] if labels else None
-        guess = PairGuess(label, statistics.fmean(scores) if scores else None)
+        guess = PairPrediction(label, statistics.fmean(scores) if scores else None)
         return {example.id: guess for example in examples}
-    return {example.id: SpanGuess(example.context) for example in examples}
+    return {example.id: SpanPrediction(example.context) for example in examples}
 
 
 def tune(task: Task, model: str, data: Path, folder: Path, flags: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gloria.config.cli import argument_parser
 from gloria.dist.config import CheckpointConfig
 from gloria.dist.manifest import checkpoints_folder, step_of
-from gloria.dist.run_lock import STATUS, RunStatus, claim_run, read_status, release_run
+from gloria.dist.run_lock import STATUS, RunStatus, lock_run, read_status, release_run
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
 
@@ -84,11 +84,11 @@ def describe_status(status: RunStatus, now: float) -> str:
 
 def prune_run(run_dir: Path, keep: int, keep_every: int) -> None:
     """Prune while holding the run's lock, so that no launch is writing or reading there."""
-    from gloria.dist.retention import prune, remove_strays
+    from gloria.dist.retention import prune, remove_incomplete
 
-    claim = claim_run(run_dir, f"prune-{int(time.time())}")
+    claim = lock_run(run_dir, f"prune-{int(time.time())}")
     try:
-        for line in remove_strays(run_dir):
+        for line in remove_incomplete(run_dir):
             print(line)
         for step in prune(run_dir, keep, keep_every):
             print(f"step {step}: deleted")
@@ -98,7 +98,7 @@ def prune_run(run_dir: Path, keep: int, keep_every: int) -> None:
 
 def print_list(run_dir: Path, listed: list[Listed]) -> None:
     """A line a checkpoint (step, size, age, valid or why not), then what else lies in the folder."""
-    from gloria.dist.checkpoint_read import strangers
+    from gloria.dist.checkpoint_read import unknown_files
 
     folder = checkpoints_folder(run_dir)
     if not listed:
@@ -111,7 +111,7 @@ def print_list(run_dir: Path, listed: list[Listed]) -> None:
         for problem in entry.problems[1:]:
             print(" " * len(line) + problem)
         if not entry.problems:
-            for name in strangers(entry.path):
+            for name in unknown_files(entry.path):
                 print(" " * len(line) + f"also there, never read: {name}")
     for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
         if step_of(path) is None:

@@ -36,16 +36,16 @@ from gloria.dist.checkpoint_read import read_trainer
 from gloria.dist.manifest import run_and_step
 from gloria.dist.process import Process, leave_process_group, start_process_group, stop_process_group
 from gloria.tasks.catalog import TASKS, find_task
-from gloria.tasks.examples import Example, Guess
+from gloria.tasks.examples import Example, Prediction
 from gloria.tasks.formats.files import Loaded as Read
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.metrics import compare
 from gloria.tasks.models.backbones import Loaded, load_model
-from gloria.tasks.models.finetuned import Tuned, find_tuned, load_tuned, predict, task_heads
-from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, Asking, answers, corpus_texts, perplexity
+from gloria.tasks.models.finetuned import FinetunedModel, find_tuned, load_tuned, predict, task_heads
+from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, EvalSettings, answers, corpus_texts, perplexity
 from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, table, write_results
 from gloria.tasks.samples import describe_sample, sample_folder
-from gloria.tasks.submissions import read_guesses, write_guesses, write_submission
+from gloria.tasks.submissions import read_predictions, write_predictions, write_submission
 from gloria.tasks.task import Task
 from gloria.tasks.watch import watch
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     process = start_process_group(arguments.device, timeout_minutes=30)
     try:
         require_same(process, {f"--{key}": value for key, value in vars(arguments).items() if key != "asked"})
-        tell_data(arguments, process)
+        report_data(arguments, process)
         status = (watch_run if arguments.watch else score_model)(arguments, process)
     except (UserError, SystemExit):
         leave_process_group()
@@ -133,7 +133,7 @@ def evaluate_loaded(
 
 
 def evaluate_head(
-    tuned: Tuned, task: Task | None, folder: Path, arguments: argparse.Namespace, process: Process
+    tuned: FinetunedModel, task: Task | None, folder: Path, arguments: argparse.Namespace, process: Process
 ) -> dict[str, Any]:
     """The record of a fine-tuned head on a task that asks the same things."""
     own = tuned.task
@@ -158,7 +158,7 @@ def evaluate_language_model(
 ) -> Iterator[dict[str, Any]]:
     """The records of a language model on a task, one a rule."""
     split, read, shots, train = read_task(task, folder, arguments)
-    asking = Asking(arguments.method, shots, arguments.seed, arguments.rules, arguments.batch)
+    asking = EvalSettings(arguments.method, shots, arguments.seed, arguments.rules, arguments.batch)
     started = perf_counter()
     every = list(answers(loaded, task, read.examples, train, asking, process))
     seconds = round(perf_counter() - started, 2)  # of all rules together: they share what they read
@@ -219,7 +219,7 @@ def compare_predictions(arguments: argparse.Namespace) -> int:
     ((task, folder),) = arguments.asked
     examples = task.read(folder, choose_split(task, folder, arguments.split))
     paths = [path / GUESSES_FILE if path.is_dir() else path for path in arguments.compare]
-    a, b = (read_guesses(task, path) for path in paths)
+    a, b = (read_predictions(task, path) for path in paths)
     rule = arguments.rules[0] if task.family == "last_word" else ""
     print("{:<34}{:>9}  {:<20}{:>9}  {}".format("metric", "A - B", "95 % interval", "p", "test"))
     for name, found in compare(task, examples, a, b, rule=rule, seed=arguments.seed).items():
@@ -233,12 +233,12 @@ def compare_predictions(arguments: argparse.Namespace) -> int:
 
 
 def _write_predictions(
-    out: Path, task: Task, split: str, rule: str, examples: list[Example], guesses: dict[str, Guess]
+    out: Path, task: Task, split: str, rule: str, examples: list[Example], guesses: dict[str, Prediction]
 ) -> None:
     folder = out / "predictions" / "-".join(part for part in (task.name, split, rule) if part)
     folder.mkdir(parents=True, exist_ok=True)
     write_submission(task, examples, guesses, folder)
-    write_guesses(folder / GUESSES_FILE, guesses)
+    write_predictions(folder / GUESSES_FILE, guesses)
 
 
 def _dtype(arguments: argparse.Namespace) -> torch.dtype:
@@ -329,7 +329,7 @@ def _without_use(arguments: argparse.Namespace, tasks: list[Task | None]) -> lis
     return problems + [f"--{flag}: --compare reads predictions alone; leave it out" for flag in beside]
 
 
-def tell_data(arguments: argparse.Namespace, process: Process) -> None:
+def report_data(arguments: argparse.Namespace, process: Process) -> None:
     """Say which data were not named, and what they are good for."""
     given = (arguments.data or "").split(",") * len(arguments.asked)
     for (task, _), named in zip(arguments.asked, given):

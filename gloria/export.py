@@ -15,7 +15,7 @@ from pathlib import Path
 from gloria.config.cli import argument_parser
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.errors import UserError, run_command
-from gloria.model.config import ModelShape, count_parameters
+from gloria.model.config import TransformerConfig, count_parameters
 from gloria.model.huggingface import DTYPES, write_folder
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--run: is missing; give a run's folder, or --tuned with a fine-tuned model's")
 
     checkpoint = find_checkpoint(arguments.run, arguments.step)
-    shape = ModelShape.from_dict(read_trainer(checkpoint)["model"])
+    shape = TransformerConfig.from_dict(read_trainer(checkpoint)["model"])
     tensors = read_full_tensors(checkpoint, "model.")
     write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", arguments.dtype)
     total = count_parameters(shape)["total"]

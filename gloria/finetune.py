@@ -55,20 +55,20 @@ from torch import Tensor
 
 from gloria.dist.checkpoint import abandon
 from gloria.dist.loss_scale import adjust
-from gloria.dist.process import agree, leave_process_group, on_any_rank, start_process_group, stop_process_group
+from gloria.dist.process import leave_process_group, on_any_rank, rank0_decides, start_process_group, stop_process_group
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, clip_coefficient, gradient_square_sum, reseed, update
 from gloria.dist.state import training_state
-from gloria.dist.step_sums import StepSums, judge, overflowed, pack_sums, unpack_sums
+from gloria.dist.step_sums import StepSums, decide_update, overflowed, pack_sums, unpack_sums
 from gloria.files import parse_json_object, read_bounded
 from gloria.optim import schedules
 from gloria.tasks.models.encode import collate, epoch_batches
 from gloria.tasks.models.finetuned import pad_id
 from gloria.tasks.models.heads import row_losses
 from gloria.tasks.report import RESULTS, mean_over_seeds, table, write_results
-from gloria.train import checkpointing as saving
+from gloria.train import checkpointing
 from gloria.train.failure import fail
-from gloria.train.finetune_report import tell_step
+from gloria.train.finetune_report import report_step
 from gloria.train.finetune_run import Batch, Plan, Run, Step, check_seeds, close_run, is_done, open_run, trainer_state
 from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of, require_same_recipe
 from gloria.train.selection import choose, score_best
@@ -85,12 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     own = {seed: folder / f"seed-{seed}" if len(seeds) > 1 else folder for seed in seeds}
     try:
         require_same_recipe(process, config)
-        agree(process, lambda: check_seeds(folder, seeds))
+        rank0_decides(process, lambda: check_seeds(folder, seeds))
         open_rank_log(folder, process.rank, process.world)
         if process.is_main and config.data is None:
             print(describe_sample(plan.task), flush=True)
         for seed in seeds:
-            if agree(process, lambda seed=seed: is_done(own[seed], config, seed)):
+            if rank0_decides(process, lambda seed=seed: is_done(own[seed], config, seed)):
                 if process.is_main:
                     print(f"{own[seed]}: done before", flush=True)
                 continue
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
         else:
             if process.is_main:
-                tell_results(folder, own, config.model)
+                report_results(folder, own, config.model)
     except (UserError, SystemExit):
         leave_process_group()
         raise
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def tell_results(folder: Path, own: dict[int, Path], model: str) -> None:
+def report_results(folder: Path, own: dict[int, Path], model: str) -> None:
     """Print the scores of each seed, whose results are in its `own` folder; of several write and print the mean."""
     found = {seed: parse_json_object(read_bounded(path / RESULTS), path / RESULTS) for seed, path in own.items()}
     for seed, results in found.items():
@@ -146,17 +146,17 @@ def take_steps(run: Run) -> str:
     if run.choice_due and not stop:
         stop = "" if choose(run) else ASKED  # what the last launch was stopped before, or in
     while run.step < run.total_steps and not stop:
-        run.watch.at(run.step, "data")
+        run.watch.beat(run.step, "data")
         started = perf_counter()
         batch = read_batch(run)
         data_seconds = perf_counter() - started
         lr, sums = take_step(run, batch)
         tokens = sum(len(run.rows[number].ids) for number in batch.numbers)
-        stop = settle(run, Step(lr, batch.numbers, tokens, sums, perf_counter() - started, data_seconds))
+        stop = finish_step(run, Step(lr, batch.numbers, tokens, sums, perf_counter() - started, data_seconds))
         if run.choice_due and not stop:
             stop = "" if choose(run) else ASKED
         if run.step % save_every == 0 and stop not in UNSAVED:
-            saving.begin(
+            checkpointing.begin(
                 run,
                 training_state(run.tuned.model, run.optimizer),
                 trainer_state(run),
@@ -194,17 +194,17 @@ def take_step(run: Run, batch: Batch) -> tuple[float, StepSums]:
         group["lr"] = lr
     reseed(run.seed, run.step, run.process.rank)
     first = run.step == run.first_step  # it compiles
-    run.watch.at(run.step, "forward and backward", patient=first)
+    run.watch.beat(run.step, "forward and backward", slow=first)
     losses = forward_backward(run, batch)  # (rows,)
 
-    run.watch.at(run.step, "update", patient=first)
+    run.watch.beat(run.step, "update", slow=first)
     # A parameter that the task has no use for (BERT's pooler, under a span head) has no gradient.
     parameters = (parameter for parameter in run.tuned.model.parameters() if parameter.grad is not None)
     gradients = [parameter.grad.to_local() for parameter in parameters]
     one_source = torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
     sums = pack_sums(gradient_square_sum(gradients, run.mesh), losses, one_source, 1, flags_of(run))
     all_reduce_sums(sums)
-    grad_norm, good = judge(sums, 1, loss_scale=run.loss_scale)
+    grad_norm, good = decide_update(sums, 1, loss_scale=run.loss_scale)
     coefficient = clip_coefficient(grad_norm, run.config.train.clip_norm)
     if run.loss_scale is not None:
         coefficient = coefficient / run.loss_scale[0]
@@ -212,7 +212,7 @@ def take_step(run: Run, batch: Batch) -> tuple[float, StepSums]:
     update(run.optimizer, gradients, coefficient, good)
     run.optimizer.zero_grad()
     run.step += 1
-    run.watch.at(run.step, "sums", patient=first)
+    run.watch.beat(run.step, "sums", slow=first)
     return lr, unpack_sums(sums, 1)
 
 
@@ -228,36 +228,36 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
     return torch.cat(losses)
 
 
-def settle(run: Run, step: Step) -> str:
+def finish_step(run: Run, step: Step) -> str:
     """Draw a step's consequences, on all ranks alike; why to stop, or ""."""
     sums = step.sums
-    if sums.claims_lost:
+    if sums.locks_lost:
         return TAKEN_OVER
     run.tokens += step.tokens
     if not sums.overflow:  # which is the loss scale's doing: it neither counts nor ends a series
         run.skips_in_a_row = 0 if sums.applied else run.skips_in_a_row + 1
     if run.claim:
         run.claim.step = run.step
-    tell_step(run, step)
-    saving.settle(run, sums)
+    report_step(run, step)
+    checkpointing.poll(run, sums)
     if run.skips_in_a_row >= run.config.train.max_skips:
         return SKIPS
-    return ASKED if sums.stop_wishes else ""
+    return ASKED if sums.stop_requests else ""
 
 
 def end(run: Run, stop: str) -> tuple[str, str]:
     """Save what is not saved yet; how the run ended (done, stopped or failed), and why."""
-    run.watch.at(run.step, "checkpoint", patient=True)
+    run.watch.beat(run.step, "checkpoint", slow=True)
     if run.save and stop == TAKEN_OVER:
         abandon(run.save)
     else:
-        saving.wait(run)
+        checkpointing.wait(run)
     if stop == SKIPS:
         return "failed", f"loss or gradient not finite in {run.skips_in_a_row} steps in a row"
     if stop == TAKEN_OVER:
         return "failed", stop
     if run.saved_step != run.step:
-        saving.begin(run, training_state(run.tuned.model, run.optimizer), trainer_state(run), asynchronous=False)
+        checkpointing.begin(run, training_state(run.tuned.model, run.optimizer), trainer_state(run), asynchronous=False)
     if run.saved_step != run.step:
         return "failed", "the last checkpoint could not be written"
     # Asked to stop behind the last step it may still have to choose.

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from gloria.config.cli import argument_parser
 from gloria.dist.environment import read_environment
-from gloria.dist.gpus import CARDS, ELEMENT_BYTES, Card, gpus_here, precision_on, read_gpus
+from gloria.dist.gpus import CARDS, ELEMENT_BYTES, GPU, gpus_here, precision_on, read_gpus
 from gloria.errors import UserError, run_command, warn
 from gloria.files import size_text
-from gloria.model.config import PRESETS, ModelShape, count_parameters, flops_per_token, read_shape, resolve_shape
+from gloria.model.config import PRESETS, TransformerConfig, count_parameters, flops_per_token, read_shape, resolve_shape
 from gloria.model.memory import STATE_BYTES, Memory, executed_flops_per_token, traffic_per_step
-from gloria.train.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
+from gloria.train.config import PretrainConfig, peak_of_step, plan_run, read_pretrain_config, with_location
 from gloria.train.metrics import short_number
 from gloria.train.summary import duration_text
 
@@ -39,7 +39,7 @@ class Machine:
     """What the run is planned for."""
 
     gpus: int
-    card: Card
+    card: GPU
     mfu: float
     network: float  # GB/s that one GPU sends to other nodes
 
@@ -58,7 +58,7 @@ class Job:
     """A recipe, and what is known of it."""
 
     config: PretrainConfig
-    shape: ModelShape
+    shape: TransformerConfig
     total_steps: int
     precision: str  # of what is computed with
     why: str
@@ -119,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def this_machine() -> tuple[int, Card]:
+def this_machine() -> tuple[int, GPU]:
     """This machine's GPUs, or without any its processor, shared by the ranks at hand: a card without peaks."""
     ranks = read_environment().world
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 // ranks
     return gpus_here() or (
         ranks,
-        Card("processor", "", memory, None, None, None, None, "no GPU here; name one with --gpus"),
+        GPU("processor", "", memory, None, None, None, None, "no GPU here; name one with --gpus"),
     )
 
 
@@ -137,7 +137,7 @@ def read_job(argv: list[str], machine: Machine) -> Job:
             config.train.precision, None if machine.card.name == "processor" else machine.card
         )
     except UserError as error:
-        raise located(config, error) from None
+        raise with_location(config, error) from None
     if (Path(config.data.corpus) / "manifest.json").exists():
         plan = plan_run(config, machine.gpus)
         shares = plan.mixture.shares
@@ -162,7 +162,7 @@ def without_corpus(config: PretrainConfig, precision: str, why: str) -> Job:
         vocab_size = model.vocab_size or (read_shape(model.from_).vocab_size if model.from_ else own)
         shape = resolve_shape(model, vocab_size=vocab_size, sequence_length=train.sequence_length)
     except UserError as error:
-        raise located(config, error) from None
+        raise with_location(config, error) from None
     weights = config.data.weights
     total = sum(weights.values()) or 1.0
     shares = ", ".join(f"{name} {weight / total:.4f}" for name, weight in weights.items())

@@ -52,12 +52,12 @@ from gloria.dist.sharding import (
     update,
 )
 from gloria.dist.state import training_state
-from gloria.dist.step_sums import judge, overflowed, pack_sums, unpack_sums
+from gloria.dist.step_sums import decide_update, overflowed, pack_sums, unpack_sums
 from gloria.optim.schedules import learning_rate
-from gloria.train import checkpointing as saving
+from gloria.train import checkpointing
 from gloria.train.failure import fail
-from gloria.train.pretrain_report import count_step, end_trace, tell_step, trace_steps
-from gloria.train.pretrain_run import Queued, Run, close_run, open_run, trainer_state
+from gloria.train.pretrain_report import add_step, end_trace, report_step, trace_steps
+from gloria.train.pretrain_run import PendingStep, Run, close_run, open_run, trainer_state
 from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of
 
 
@@ -87,30 +87,30 @@ def take_steps(run: Run) -> str:
     a checkpoint, which need the step settled.
     """
     config, total_steps = run.config, run.plan.total_steps
-    queued: Queued | None = None
+    pending: PendingStep | None = None
     stop = ASKED if on_any_rank(bool(stop_reason())) else ""
     if run.validation_due and not stop:
         stop = validate(run)  # what the curves start from, or what the last launch was stopped in
     while run.step < total_steps and not stop:
         trace_steps(run)
-        run.watch.at(run.step, "data")
+        run.watch.beat(run.step, "data")
         started = perf_counter()
         batch = next(run.loader)
         data_seconds = perf_counter() - started
         step = take_step(run, batch)
-        if queued:
-            stop = settle(run, queued)
-        queued = step
-        queued.seconds, queued.data_seconds = perf_counter() - started, data_seconds
+        if pending:
+            stop = finish_step(run, pending)
+        pending = step
+        pending.seconds, pending.data_seconds = perf_counter() - started, data_seconds
 
         save_due = run.step % config.checkpoint.every == 0
         if (run.validation_due or save_due or stop or run.step == total_steps) and stop not in UNSAVED:
-            stop = settle(run, queued) or stop
-            queued = None
+            stop = finish_step(run, pending) or stop
+            pending = None
         if run.validation_due and not stop:
             stop = validate(run)
         if save_due and stop not in UNSAVED:
-            saving.begin(
+            checkpointing.begin(
                 run,
                 training_state(run.model, run.optimizer),
                 trainer_state(run),
@@ -119,7 +119,7 @@ def take_steps(run: Run) -> str:
     return stop
 
 
-def take_step(run: Run, batch: Batch) -> Queued:
+def take_step(run: Run, batch: Batch) -> PendingStep:
     """Forward, backward, one all-reduce, clipping and the update. Nothing here waits for the device."""
     config, num_sources = run.config, len(run.mixture.names)
     lr = learning_rate(config.schedule, config.optim.lr, run.step, run.plan.total_steps)
@@ -127,15 +127,17 @@ def take_step(run: Run, batch: Batch) -> Queued:
         group["lr"] = lr
     reseed(config.run.seed, run.step, run.process.rank)
     first = run.step == run.first_step  # it compiles
-    run.watch.at(run.step, "forward and backward", patient=first)
+    run.watch.beat(run.step, "forward and backward", slow=first)
     row_losses = forward_backward(run, batch)  # (rows,)
 
-    run.watch.at(run.step, "update", patient=first)
+    run.watch.beat(run.step, "update", slow=first)
     gradients = local_gradients(run.model)
     sources = torch.tensor(batch.source, device=run.process.device)
     sums = pack_sums(gradient_square_sum(gradients, run.mesh), row_losses, sources, num_sources, flags_of(run))
     all_reduce_sums(sums)
-    grad_norm, good = judge(sums, num_sources, run.running_norm, config.train.skip_spikes or 0.0, run.loss_scale)
+    grad_norm, good = decide_update(
+        sums, num_sources, run.running_norm, config.train.skip_spikes or 0.0, run.loss_scale
+    )
     coefficient = clip_coefficient(grad_norm, config.train.clip_norm)
     if run.loss_scale is not None:
         coefficient = coefficient / run.loss_scale[0]
@@ -143,7 +145,7 @@ def take_step(run: Run, batch: Batch) -> Queued:
     update(run.optimizer, gradients, coefficient, good)
     run.optimizer.zero_grad()
     run.step += 1
-    return Queued(run.step, batch, lr, sums, run.mixture.next_sample)
+    return PendingStep(run.step, batch, lr, sums, run.mixture.next_sample)
 
 
 def forward_backward(run: Run, batch: Batch) -> Tensor:
@@ -184,24 +186,24 @@ def widen(tokens: np.ndarray, device: torch.device) -> Tensor:
     return narrow.to(torch.int64)
 
 
-def settle(run: Run, queued: Queued) -> str:
+def finish_step(run: Run, pending: PendingStep) -> str:
     """Read a step's sums on the host and draw the consequences, on all ranks alike; why to stop, or ""."""
-    run.watch.at(queued.step, "sums", patient=queued.step == run.first_step + 1)
-    sums = unpack_sums(queued.sums, len(run.mixture.names))
-    if sums.claims_lost:
+    run.watch.beat(pending.step, "sums", slow=pending.step == run.first_step + 1)
+    sums = unpack_sums(pending.sums, len(run.mixture.names))
+    if sums.locks_lost:
         return TAKEN_OVER
-    count_step(run, queued, sums)
-    if queued.step % run.config.log.every == 0:
-        tell_step(run, queued, sums)
+    add_step(run, pending, sums)
+    if pending.step % run.config.log.every == 0:
+        report_step(run, pending, sums)
     if run.log:
-        run.log.progress(queued.step)
+        run.log.progress(pending.step)
     if run.claim:
-        run.claim.step = queued.step
+        run.claim.step = pending.step
 
-    saving.settle(run, sums)
+    checkpointing.poll(run, sums)
     if run.skips_in_a_row >= run.config.train.max_skips:
         return SKIPS
-    return ASKED if sums.stop_wishes else ""
+    return ASKED if sums.stop_requests else ""
 
 
 @torch.no_grad()
@@ -219,7 +221,7 @@ def validate(run: Run) -> str:
         batches = -(-len(windows) // (process.world * micro_batch))
         losses[name] = 0.0
         for number in range(batches):
-            run.watch.at(run.step, "validation", patient=run.step == 0)
+            run.watch.beat(run.step, "validation", slow=run.step == 0)
             chosen = own[number * micro_batch : (number + 1) * micro_batch]
             tokens = np.zeros((micro_batch, length + 1), stream.dtype)
             stream.gather(chosen, length, tokens[: len(chosen)])
@@ -229,12 +231,12 @@ def validate(run: Run) -> str:
             sums = torch.zeros(3, dtype=torch.float64, device=process.device)
             sums[0] = row_loss_sums(run, ids, labels).sum(dtype=torch.float64)
             flags = flags_of(run)
-            sums[1:] = torch.tensor([flags.stop, flags.claim_lost])
+            sums[1:] = torch.tensor([flags.stop, flags.lock_lost])
             all_reduce_sums(sums)
-            loss, wishes, claims_lost = sums.tolist()
-            if wishes or claims_lost:
+            loss, wishes, locks_lost = sums.tolist()
+            if wishes or locks_lost:
                 run.model.train()
-                return TAKEN_OVER if claims_lost else ASKED
+                return TAKEN_OVER if locks_lost else ASKED
             losses[name] += loss / (len(windows) * length)
     run.model.train()
     run.validated_step = run.step
@@ -248,19 +250,19 @@ def validate(run: Run) -> str:
 
 def end(run: Run, stop: str) -> int:
     """Save what is not saved yet, say how the run ended, and give the exit status."""
-    run.watch.at(run.step, "checkpoint", patient=True)
+    run.watch.beat(run.step, "checkpoint", slow=True)
     end_trace(run)
     if run.save and stop == TAKEN_OVER:
         abandon(run.save)
     else:
-        saving.wait(run)
+        checkpointing.wait(run)
     if stop == SKIPS:
         status, reason = "failed", f"{run.skips_in_a_row} steps in a row had to be skipped"
     elif stop == TAKEN_OVER:
         status, reason = "failed", stop
     else:
         if run.saved_step != run.step:
-            saving.begin(run, training_state(run.model, run.optimizer), trainer_state(run), asynchronous=False)
+            checkpointing.begin(run, training_state(run.model, run.optimizer), trainer_state(run), asynchronous=False)
         status, reason = "done" if run.step == run.plan.total_steps else "stopped", stop_reason() or stop
         if run.saved_step != run.step:
             status, reason = "failed", "the last checkpoint could not be written"

@@ -15,7 +15,7 @@ import torch
 from gloria.checkpoints import describe_status, duration, main
 from gloria.dist.checkpoint import begin_save, publish
 from gloria.dist.manifest import checkpoint_path, saved_steps
-from gloria.dist.run_lock import RunStatus, claim_run, release_run, write_status
+from gloria.dist.run_lock import RunStatus, lock_run, release_run, write_status
 from gloria.dist.state import Shard
 from gloria.errors import run_command
 
@@ -110,7 +110,7 @@ def test_prune_leaves_the_newest_and_the_milestones(tmp_path: Path, capsys):
 def test_prune_keeps_off_a_live_run(tmp_path: Path, capsys):
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
-    claim = claim_run(tmp_path, "live")
+    claim = lock_run(tmp_path, "live")
     status, lines = run(capsys, "--run", tmp_path, "--prune")
     release_run(claim)
     assert status == 2
@@ -123,7 +123,7 @@ def test_prune_keeps_off_a_live_run(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(("state", "exit_status"), [("done", 0), ("stopped", 75), ("running", 75), ("failed", 1)])
 def test_status_exits_as_a_job_script_needs_it(tmp_path: Path, capsys, state: str, exit_status: int):
-    claim = claim_run(tmp_path, "night")
+    claim = lock_run(tmp_path, "night")
     write_status(claim, state, 120, "SIGUSR1" if state == "stopped" else "")
     release_run(claim)
     status, lines = run(capsys, "--run", tmp_path, "--status")
@@ -135,12 +135,12 @@ def test_status_exits_as_a_job_script_needs_it(tmp_path: Path, capsys, state: st
 
 def test_a_fine_tuning_with_seeds_is_done_when_all_are(tmp_path: Path, capsys):
     for seed, state in ((0, "done"), (1, "stopped")):
-        claim = claim_run(tmp_path / f"seed-{seed}", "night")
+        claim = lock_run(tmp_path / f"seed-{seed}", "night")
         write_status(claim, state, 9 + seed, "SIGUSR1" if state == "stopped" else "")
         release_run(claim)
     status, (line,) = run(capsys, "--run", tmp_path, "--status")
     assert (status, AGE.sub("AGE", line)) == (75, "stopped, step 10, SIGUSR1; launch night, heartbeat AGE ago")
-    claim = claim_run(tmp_path / "seed-1", "day")
+    claim = lock_run(tmp_path / "seed-1", "day")
     write_status(claim, "done", 12)
     release_run(claim)
     status, (line,) = run(capsys, "--run", tmp_path, "--status")

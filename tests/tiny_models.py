@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from gloria.data.tokenizer import TextTokenizer, TokenizerConfig, train_tokenizer
-from gloria.model.config import ModelShape
+from gloria.model.config import TransformerConfig
 from gloria.model.transformer import Transformer, initial_value
 
-GPT_NEO = ModelShape(
+GPT_NEO = TransformerConfig(
     architecture="gpt-neo",
     num_layers=2,
     hidden_size=32,
@@ -31,7 +31,7 @@ TEXT = (
 )
 
 
-def build_model(shape: ModelShape, *, seed: int = 0, activation_checkpointing: str = "none") -> Transformer:
+def build_model(shape: TransformerConfig, *, seed: int = 0, activation_checkpointing: str = "none") -> Transformer:
     """A model with the values that a run of `seed` starts from."""
     model = Transformer(shape, activation_checkpointing=activation_checkpointing)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def build_model(shape: ModelShape, *, seed: int = 0, activation_checkpointing: s
     return model
 
 
-def uneven_model(shape: ModelShape, *, seed: int = 0) -> Transformer:
+def uneven_model(shape: TransformerConfig, *, seed: int = 0) -> Transformer:
     """A model in which every parameter matters: no zero biases, norms that are not one, sharp attention."""
     model = build_model(shape, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def uneven_model(shape: ModelShape, *, seed: int = 0) -> Transformer:
     return model
 
 
-def random_ids(shape: ModelShape, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+def random_ids(shape: TransformerConfig, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 

@@ -81,7 +81,7 @@ def unread_windows(seed: int, stage: Stage, sample: int) -> dict[str, Unread]:
     return facts
 
 
-def tell_shares(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
+def report_shares(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
     """A line with every share that is otherwise in `new` than in the stage it follows, if any is."""
     shares = {name: quota / before.period for name, quota in zip(before.names, before.quotas)}
     epochs = [ordinal / size for ordinal, size in zip(ordinals_at(seed, before, new.start), before.windows)]
@@ -99,7 +99,7 @@ def tell_shares(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
     return [f"data.weights: {place}: {', '.join(told)}"] if told else []
 
 
-def tell_windows(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
+def report_windows(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
     """A line for each source whose windows are others in `new` than in the stage it follows."""
     unread, lines = unread_windows(seed, before, new.start), []
     for source, name in enumerate(before.names):

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from gloria.config.cli import option, to_mapping
-from gloria.data.changes import redefined_sources, tell_shares, tell_windows
+from gloria.data.changes import redefined_sources, report_shares, report_windows
 from gloria.data.mixture_state import (
     ALGORITHM,
     VERSION,
@@ -296,7 +296,7 @@ def _change_stage(run: Mixture, asked: Stage, redefined: Collection[str]) -> lis
     if before is None:  # nothing was read yet, so nothing becomes otherwise
         return []
     place = f"from sample {start} (step {run.step_of_sample(start)}) on"
-    return tell_shares(run.seed, before, new, place) + tell_windows(run.seed, before, new, place)
+    return report_shares(run.seed, before, new, place) + report_windows(run.seed, before, new, place)
 
 
 def _same(one: Stage, other: Stage) -> bool:

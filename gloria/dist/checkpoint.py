@@ -256,7 +256,7 @@ def _publish(save: Save) -> None:
         (folder / _note_name(rank)).unlink()
     sync_folder(folder)
     # A step is saved again after its damaged checkpoint was passed over. At no moment is there neither the
-    # old nor the new: `remove_strays` puts back what was moved aside if a crash came between the two renames.
+    # old nor the new: `remove_incomplete` puts back what was moved aside if a crash came between the two renames.
     aside = save.target.with_name(f"{save.target.name}.replaced-{save.launch}")
     if os.path.lexists(save.target):
         os.rename(save.target, aside)

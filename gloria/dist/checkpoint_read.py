@@ -2,7 +2,7 @@
 
 A file is trusted for nothing: names come from a fixed pattern, links are not followed, headers are bounded
 and checked, and no content is ever executed. Files in the folder that the manifest does not name are never
-opened; `strangers` lists them.
+opened; `unknown_files` lists them.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
     return []
 
 
-def strangers(path: Path) -> list[str]:
+def unknown_files(path: Path) -> list[str]:
     """Names in a checkpoint folder that its manifest does not name. They are left alone and never opened."""
     known = {MANIFEST, *(entry.name for entry in read_manifest(path).files)}
     return sorted(set(os.listdir(path)) - known)

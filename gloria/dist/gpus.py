@@ -12,7 +12,7 @@ from gloria.config.cli import option, suggest
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """A GPU model. Peaks are dense, in TFLOP/s; None where the card cannot."""
 
     name: str  # as `python -m gloria.plan --gpus` has it
@@ -33,29 +33,29 @@ class Card:
 # From NVIDIA's data sheets and architecture papers, which often print twice as much, for 2:4 sparse matrices. A name
 # matches as a whole, so that a slice (MIG) or a variant of a card is unknown rather than taken for another.
 CARDS = (
-    Card(
+    GPU(
         "B200", r"B200", 183359, 2250, 2250, 75, 900, "HGX B200 data sheet, for 8: 36 PFLOP/s sparse, 600 TFLOP/s fp32"
     ),
-    Card("H200", r"H200", 143771, 989, 989, 67, 450, "H200 data sheet: 1,979 sparse"),
-    Card("GH200", r"GH200 .*", 97871, 989, 989, 67, 450, "GH200 data sheet: 1,979 sparse; the one with 96 GB"),
-    Card("H100", r"H100 80GB HBM3", 81559, 989, 989, 67, 450, "H100 data sheet, SXM: 1,979 sparse"),
-    Card("H100-NVL", r"H100 NVL", 95830, 835, 835, 60, 300, "H100 data sheet, NVL: 1,671 sparse"),
-    Card("H200-NVL", r"H200 NVL", 143771, 835, 835, 60, 450, "H200 data sheet, NVL: 1,671 sparse"),
-    Card("H100-PCIe", r"H100 PCIe", 81559, 756, 756, 51, 64, "H100 data sheet, PCIe: 1,513 sparse"),
-    Card("A100-80GB", r"A100-SXM4-80GB|A100 80GB PCIe|A100-PCIE-80GB", 81920, 312, 312, 19.5, 300, "A100 data sheet"),
-    Card("A100-40GB", r"A100-(SXM4|PCIE)-40GB", 40960, 312, 312, 19.5, 300, "A100 data sheet"),
-    Card("A30", r"A30", 24576, 165, 165, 10.3, 32, "A30 data sheet"),
-    Card("A40", r"A40", 46068, 149.7, 149.7, 37.4, 32, "A40 data sheet"),
-    Card("A10", r"A10", 23028, 125, 125, 31.2, 32, "A10 data sheet"),
-    Card("L40S", r"L40S", 46068, 362, 362, 91.6, 32, "L40S data sheet"),
-    Card("L4", r"L4", 23034, 121, 121, 30.3, 32, "L4 data sheet: 242 sparse"),
-    Card("V100-32GB", r"V100-SXM2-32GB", 32768, None, 125, 15.7, 150, "V100 data sheet, SXM2"),
-    Card("V100-16GB", r"V100-SXM2-16GB", 16384, None, 125, 15.7, 150, "V100 data sheet, SXM2"),
-    Card("V100-PCIe-32GB", r"V100-PCIE-32GB", 32768, None, 112, 14, 16, "V100 data sheet, PCIe"),
-    Card("V100-PCIe-16GB", r"V100-PCIE-16GB", 16384, None, 112, 14, 16, "V100 data sheet, PCIe"),
-    Card("T4", r"T4", 15360, None, 65, 8.1, 16, "T4 data sheet"),
-    Card("RTX-4090", r"RTX 4090", 24564, 165.2, 165.2, 82.6, 32, "Ada architecture paper, table of the RTX 4090"),
-    Card("RTX-3090", r"RTX 3090", 24576, 71, 71, 35.6, 32, "GA102 architecture paper, table of the RTX 3090"),
+    GPU("H200", r"H200", 143771, 989, 989, 67, 450, "H200 data sheet: 1,979 sparse"),
+    GPU("GH200", r"GH200 .*", 97871, 989, 989, 67, 450, "GH200 data sheet: 1,979 sparse; the one with 96 GB"),
+    GPU("H100", r"H100 80GB HBM3", 81559, 989, 989, 67, 450, "H100 data sheet, SXM: 1,979 sparse"),
+    GPU("H100-NVL", r"H100 NVL", 95830, 835, 835, 60, 300, "H100 data sheet, NVL: 1,671 sparse"),
+    GPU("H200-NVL", r"H200 NVL", 143771, 835, 835, 60, 450, "H200 data sheet, NVL: 1,671 sparse"),
+    GPU("H100-PCIe", r"H100 PCIe", 81559, 756, 756, 51, 64, "H100 data sheet, PCIe: 1,513 sparse"),
+    GPU("A100-80GB", r"A100-SXM4-80GB|A100 80GB PCIe|A100-PCIE-80GB", 81920, 312, 312, 19.5, 300, "A100 data sheet"),
+    GPU("A100-40GB", r"A100-(SXM4|PCIE)-40GB", 40960, 312, 312, 19.5, 300, "A100 data sheet"),
+    GPU("A30", r"A30", 24576, 165, 165, 10.3, 32, "A30 data sheet"),
+    GPU("A40", r"A40", 46068, 149.7, 149.7, 37.4, 32, "A40 data sheet"),
+    GPU("A10", r"A10", 23028, 125, 125, 31.2, 32, "A10 data sheet"),
+    GPU("L40S", r"L40S", 46068, 362, 362, 91.6, 32, "L40S data sheet"),
+    GPU("L4", r"L4", 23034, 121, 121, 30.3, 32, "L4 data sheet: 242 sparse"),
+    GPU("V100-32GB", r"V100-SXM2-32GB", 32768, None, 125, 15.7, 150, "V100 data sheet, SXM2"),
+    GPU("V100-16GB", r"V100-SXM2-16GB", 16384, None, 125, 15.7, 150, "V100 data sheet, SXM2"),
+    GPU("V100-PCIe-32GB", r"V100-PCIE-32GB", 32768, None, 112, 14, 16, "V100 data sheet, PCIe"),
+    GPU("V100-PCIe-16GB", r"V100-PCIE-16GB", 16384, None, 112, 14, 16, "V100 data sheet, PCIe"),
+    GPU("T4", r"T4", 15360, None, 65, 8.1, 16, "T4 data sheet"),
+    GPU("RTX-4090", r"RTX 4090", 24564, 165.2, 165.2, 82.6, 32, "Ada architecture paper, table of the RTX 4090"),
+    GPU("RTX-3090", r"RTX 3090", 24576, 71, 71, 35.6, 32, "GA102 architecture paper, table of the RTX 3090"),
 )
 
 
@@ -87,20 +87,20 @@ def resolve_precision(asked: str, card: str | None, *, has_bf16: bool = False) -
     return asked, "as the recipe has it"
 
 
-def precision_on(asked: str, card: Card | None) -> tuple[str, str]:
+def precision_on(asked: str, card: GPU | None) -> tuple[str, str]:
     """`resolve_precision` for a card, None for a CPU; one that is not in the table is taken to have bf16."""
     if card is None:
         return resolve_precision(asked, None)
     return resolve_precision(asked, card.name, has_bf16=bool(card.bf16 or not card.fp16))
 
 
-def card_of_cuda_name(cuda_name: str) -> Card | None:
+def card_of_cuda_name(cuda_name: str) -> GPU | None:
     """The card by CUDA's name for it; None for an unknown one."""
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", cuda_name)
     return next((card for card in CARDS if re.fullmatch(card.cuda_name, name)), None)
 
 
-def read_gpus(text: str, flag: str) -> tuple[int, Card]:
+def read_gpus(text: str, flag: str) -> tuple[int, GPU]:
     """`8xH100` as a number and a card; a card alone is one of it."""
     count, name = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", text.strip(), re.IGNORECASE).groups()
     known = {card.name.upper(): card for card in CARDS}
@@ -111,7 +111,7 @@ def read_gpus(text: str, flag: str) -> tuple[int, Card]:
     return int(count or 1), known[name.upper()]
 
 
-def gpus_here() -> tuple[int, Card] | None:
+def gpus_here() -> tuple[int, GPU] | None:
     """How many GPUs this machine has, and what the first of them is; None where nvidia-smi finds none.
 
     A card that is not in the table has its own name and memory, and no peaks.
@@ -124,5 +124,5 @@ def gpus_here() -> tuple[int, Card] | None:
     if not lines:
         return None
     name, _, memory = lines[0].rpartition(", ")
-    unknown = Card(name, "", int(memory), None, None, None, None, "not in the table of cards")
+    unknown = GPU(name, "", int(memory), None, None, None, None, "not in the table of cards")
     return len(lines), card_of_cuda_name(name) or unknown

@@ -55,7 +55,7 @@ def own_name_leads_to() -> str:
     return next((name for name, own in addresses().items() if own == address), "")
 
 
-def tell_choices(peer: str) -> None:
+def report_choices(peer: str) -> None:
     """Print what to export so that gloo and NCCL reach `peer`; nothing where they would anyway, or none leads there."""
     way, found = interface_to(peer), {}
     if not way:
@@ -104,4 +104,4 @@ def speed_text(name: str) -> str:
 
 
 if __name__ == "__main__":
-    tell_choices(sys.argv[1])
+    report_choices(sys.argv[1])

@@ -87,7 +87,7 @@ def set_cpu_threads(environment: Environment) -> str:
     return f"{cores} cores, {environment.local_world} {'ranks' if environment.local_world > 1 else 'rank'} on this node"
 
 
-def agree(process: Process, decide: Callable[[], int]) -> int:
+def rank0_decides(process: Process, decide: Callable[[], int]) -> int:
     """A number >= 0 that rank 0 decides and every rank returns; where rank 0 fails, every rank ends.
 
     Without this a UserError on rank 0 (no valid checkpoint, a live lock) would leave the others in a collective.

@@ -75,7 +75,7 @@ def set_aside_newer(run_dir: Path, step: int, launch: str) -> list[Path]:
     return moved
 
 
-def remove_strays(run_dir: Path) -> list[str]:
+def remove_incomplete(run_dir: Path) -> list[str]:
     """Sweep what dead launches left half-done in the checkpoints folder; a line to print for each.
 
     Call it once at start, with the run's lock: nobody is writing then.

@@ -30,7 +30,7 @@ STALE_SECONDS = 60.0  # six beats missed: a busy file server delays some
 
 
 @dataclass
-class Claim:
+class RunLock:
     """A run folder held by this launch. `step` may be set at every step: the next heartbeat writes it.
 
     `lost` becomes True when another launch took the run over (this one was asleep for too long): it must end
@@ -60,9 +60,9 @@ class RunStatus:
     alive: bool
 
 
-def claim_run(
+def lock_run(
     run_dir: Path, launch: str, *, beat_seconds: float = BEAT_SECONDS, stale_seconds: float = STALE_SECONDS
-) -> Claim:
+) -> RunLock:
     """Take the run's lock and start its heartbeat; `release_run` ends it.
 
     UserError (one line) while another launch lives there. A lock whose process is gone from this machine is
@@ -77,13 +77,13 @@ def claim_run(
             warn(f"{run_dir}: launch {dead.launch} on {dead.host} died without a word; its run is taken over")
             break
         time.sleep(0.1)
-    claim = Claim(run_dir, launch)
+    claim = RunLock(run_dir, launch)
     claim.thread = threading.Thread(target=_beat, args=(claim, beat_seconds), name="heartbeat", daemon=True)
     claim.thread.start()
     return claim
 
 
-def write_status(claim: Claim, status: str, step: int, reason: str = "") -> None:
+def write_status(claim: RunLock, status: str, step: int, reason: str = "") -> None:
     """Put a new state into `status.json` at once (heartbeats repeat it). A lost claim writes nothing."""
     assert status in STATUSES, status
     with claim.writing:
@@ -92,7 +92,7 @@ def write_status(claim: Claim, status: str, step: int, reason: str = "") -> None
             _write_status_file(claim)
 
 
-def release_run(claim: Claim) -> None:
+def release_run(claim: RunLock) -> None:
     """End the heartbeat and give the lock back; write the last status before."""
     claim.ended.set()
     if claim.thread is not None:
@@ -134,7 +134,7 @@ class _Holder:
     started: str = ""
 
 
-def _beat(claim: Claim, beat_seconds: float) -> None:
+def _beat(claim: RunLock, beat_seconds: float) -> None:
     failing = False
     while not claim.ended.wait(beat_seconds):
         try:
@@ -152,7 +152,7 @@ def _beat(claim: Claim, beat_seconds: float) -> None:
             failing = True
 
 
-def _write_status_file(claim: Claim, durable: bool = True) -> None:
+def _write_status_file(claim: RunLock, durable: bool = True) -> None:
     content = {
         "status": claim.status,
         "step": claim.step,
@@ -165,7 +165,7 @@ def _write_status_file(claim: Claim, durable: bool = True) -> None:
     write_whole(claim.run_dir / STATUS, to_json(content), durable=durable)
 
 
-def _holds(claim: Claim) -> bool:
+def _holds(claim: RunLock) -> bool:
     try:
         return _read_lock(claim.run_dir / LOCK)[0].launch == claim.launch
     except FileNotFoundError:

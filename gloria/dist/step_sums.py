@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gloria.dist.loss_scale import LEAST
 
-# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`judge`); loss and rows by source.
+# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`decide_update`); loss and rows by source.
 _FLAGS, _VERDICT, _SCALE, _FIXED = slice(1, 5), 5, 6, 7
 _NOT_FINITE, _SPIKE, _OVERFLOW = 1.0, 2.0, 3.0  # verdicts; 0: applied
 
@@ -28,7 +28,7 @@ class Flags(NamedTuple):
     stop: bool = False  # it wants to stop
     save_done: bool = False  # its part of the background save is durable
     save_failed: bool = False
-    claim_lost: bool = False  # another launch has taken the run over
+    lock_lost: bool = False  # another launch has taken the run over
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class StepSums:
     loss_scale: float  # that the gradient was computed under; 0 where none is used
     source_loss: np.ndarray  # (sources,) sum of token losses
     source_rows: np.ndarray  # (sources,) windows
-    stop_wishes: int  # ranks that want to stop
+    stop_requests: int  # ranks that want to stop
     saves_done: int  # ranks whose part of the background save is durable
     saves_failed: int
-    claims_lost: int
+    locks_lost: int
 
     @property
     def applied(self) -> bool:
@@ -71,11 +71,11 @@ def pack_sums(
 
 
 def new_running_norm(device: torch.device) -> Tensor:
-    """What `judge` remembers of the gradient norms applied so far: (count, mean, variance), float64."""
+    """What `decide_update` remembers of the gradient norms applied so far: (count, mean, variance), float64."""
     return torch.zeros(3, dtype=torch.float64, device=device)
 
 
-def judge(
+def decide_update(
     sums: Tensor,
     num_sources: int,
     running: Tensor | None = None,
@@ -122,9 +122,9 @@ def overflowed(sums: Tensor) -> Tensor:
 
 
 def unpack_sums(sums: Tensor, num_sources: int) -> StepSums:
-    """Read the judged tensor on the host. This waits for the device: call it after the next step is queued."""
+    """Read the judged tensor on the host. This waits for the device: call it after the next step is pending."""
     values = sums.cpu().numpy()
-    stop_wishes, saves_done, saves_failed, claims_lost = (int(count) for count in values[_FLAGS])
+    stop_requests, saves_done, saves_failed, locks_lost = (int(count) for count in values[_FLAGS])
     return StepSums(
         grad_norm=float(np.sqrt(values[0])),
         finite=values[_VERDICT] not in (_NOT_FINITE, _OVERFLOW),
@@ -133,8 +133,8 @@ def unpack_sums(sums: Tensor, num_sources: int) -> StepSums:
         loss_scale=float(values[_SCALE]),
         source_loss=values[_FIXED : _FIXED + num_sources],
         source_rows=values[_FIXED + num_sources :].astype(np.int64),
-        stop_wishes=stop_wishes,
+        stop_requests=stop_requests,
         saves_done=saves_done,
         saves_failed=saves_failed,
-        claims_lost=claims_lost,
+        locks_lost=locks_lost,
     )

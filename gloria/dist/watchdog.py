@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from gloria.dist.run_lock import Claim, release_run, write_status
+from gloria.dist.run_lock import RunLock, release_run, write_status
 from gloria.errors import warn
 
 # In the order in which a step goes through them, so that the slowest rank is the one furthest back.
@@ -31,7 +31,7 @@ GRACE_SECONDS = 5.0  # in which the other ranks notice, too
 
 
 @dataclass
-class Watch:
+class Watchdog:
     """Where this rank is, and a thread that ends the process once it has been there for too long.
 
     The thread works for every backend alike: it needs no collective, and not the main thread, which hangs.
@@ -43,7 +43,7 @@ class Watch:
     patience: float  # seconds, for start-up, the first step and checkpoints
     limit: float  # seconds, for all else
     launch: str = ""
-    claim: Claim | None = None  # rank 0's
+    claim: RunLock | None = None  # rank 0's
     step: int = 0
     phase: str = PHASES[0]
     since: float = 0.0
@@ -56,19 +56,19 @@ class Watch:
         """Step and phase, for a person."""
         return f"step {self.step}, {self.phase}"
 
-    def at(self, step: int, phase: str, *, patient: bool = False) -> None:
+    def beat(self, step: int, phase: str, *, slow: bool = False) -> None:
         """This rank has got to `phase` of `step`; called at each turn of the loop, so it must cost nothing."""
         self.step, self.phase, self.since = step, phase, time.monotonic()
-        self.allowed = self.patience if patient else self.limit
+        self.allowed = self.patience if slow else self.limit
 
 
-def start_watch(watch: Watch) -> None:
+def start_watch(watch: Watchdog) -> None:
     """Begin to watch, in start-up; setting `watch.ended` ends it."""
-    watch.at(0, PHASES[0], patient=True)
+    watch.beat(0, PHASES[0], slow=True)
     threading.Thread(target=_watch, args=(watch,), name="watch", daemon=True).start()
 
 
-def write_place(watch: Watch, what: str) -> None:
+def write_place(watch: Watchdog, what: str) -> None:
     """Write to this rank's log where it is, and what is the matter; a full disk must not keep a run from ending."""
     seconds = round(time.monotonic() - watch.since, 1)
     place = {"launch": watch.launch, "rank": watch.rank, "step": watch.step, "phase": watch.phase}
@@ -84,13 +84,13 @@ def write_place(watch: Watch, what: str) -> None:
         warn(f"{_log(watch, watch.rank)}: cannot be written ({error}); rank {watch.rank}: {what} in {watch.place}")
 
 
-def failed_ranks(watch: Watch) -> str:
+def failed_ranks(watch: Watchdog) -> str:
     """The ranks that have written of a mistake of their own, and what it was; or an empty string."""
     failed = [record for record in _read_places(watch, 0).values() if record["what"] not in (HUNG, PEER_GONE)]
     return "; ".join(f"rank {record['rank']} failed ({record['what']})" for record in failed)
 
 
-def slow_ranks(watch: Watch, seconds: float) -> str:
+def slow_ranks(watch: Watchdog, seconds: float) -> str:
     """Which rank the others wait for: one that gives no sign for `seconds`, or is furthest behind."""
     records = _read_places(watch, seconds)
     silent = [rank for rank in range(watch.world) if rank not in records]
@@ -104,7 +104,7 @@ def slow_ranks(watch: Watch, seconds: float) -> str:
     return f"rank {_listed(slowest)} is behind, in step {step}, {PHASES[phase]}"
 
 
-def leave(watch: Watch, status: str, step: int, reason: str, code: int) -> NoReturn:
+def leave(watch: Watchdog, status: str, step: int, reason: str, code: int) -> NoReturn:
     """End this process at once: what is left of the process group would wait for ranks that will not come."""
     if watch.claim:
         write_status(watch.claim, status, step, reason)
@@ -114,7 +114,7 @@ def leave(watch: Watch, status: str, step: int, reason: str, code: int) -> NoRet
     os._exit(code)
 
 
-def _watch(watch: Watch) -> None:
+def _watch(watch: Watchdog) -> None:
     while not watch.ended.wait(min(1.0, watch.allowed / 4)):
         waited = time.monotonic() - watch.since
         if waited > watch.allowed and watch.ending.acquire(blocking=False):
@@ -136,7 +136,7 @@ def _flight_record() -> bytes:
     return b""
 
 
-def _read_places(watch: Watch, seconds: float) -> dict[int, Mapping[str, Any]]:
+def _read_places(watch: Watchdog, seconds: float) -> dict[int, Mapping[str, Any]]:
     """The newest line of each rank of this launch that has one, after at most `seconds` of waiting for all."""
     deadline = time.monotonic() + seconds
     while True:
@@ -156,5 +156,5 @@ def _listed(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _log(watch: Watch, rank: int) -> Path:
+def _log(watch: Watchdog, rank: int) -> Path:
     return watch.folder / f"rank-{rank:05d}.log"

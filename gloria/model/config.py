@@ -19,7 +19,7 @@ GLOBAL, LOCAL = "global", "local"
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class TransformerConfig:
     """Everything that decides a model's parameters and the function they compute."""
 
     architecture: str  # "gpt2" or "gpt-neo"
@@ -54,7 +54,7 @@ class ModelShape:
         return {**dataclasses.asdict(self), "attention_layers": list(self.attention_layers)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
         return cls(**{**values, "attention_layers": tuple(values["attention_layers"])})
 
 
@@ -64,9 +64,9 @@ def _attention_layers(architecture: str, num_layers: int) -> tuple[str, ...]:
     return tuple(LOCAL if layer % 2 else GLOBAL for layer in range(num_layers))
 
 
-def _preset(architecture: str, num_layers: int, hidden_size: int, num_heads: int) -> ModelShape:
+def _preset(architecture: str, num_layers: int, hidden_size: int, num_heads: int) -> TransformerConfig:
     is_gpt2 = architecture == "gpt2"
-    return ModelShape(
+    return TransformerConfig(
         architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -79,7 +79,7 @@ def _preset(architecture: str, num_layers: int, hidden_size: int, num_heads: int
     )
 
 
-PRESETS: dict[str, ModelShape] = {
+PRESETS: dict[str, TransformerConfig] = {
     "gpt2-124m": _preset("gpt2", 12, 768, 12),
     "gpt2-355m": _preset("gpt2", 24, 1024, 16),
     "gpt2-774m": _preset("gpt2", 36, 1280, 20),
@@ -96,7 +96,7 @@ PRESETS: dict[str, ModelShape] = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelSection:
     """The recipe's [model] section: a preset or a folder to start from, and what differs from the preset."""
 
     preset: str | None = option(None, f"a shape, trained from random weights: {', '.join(PRESETS)}")
@@ -143,7 +143,7 @@ _SIZES = (
 )
 
 
-def resolve_shape(config: ModelConfig, *, vocab_size: int, sequence_length: int) -> ModelShape:
+def resolve_shape(config: ModelSection, *, vocab_size: int, sequence_length: int) -> TransformerConfig:
     """The shape a recipe asks for; `vocab_size` is the tokenizer's. `UserError` has every contradiction."""
     if config.preset is not None and config.from_ is not None:
         raise UserError(f'model: preset "{config.preset}" and from "{config.from_}" are both given; keep one')
@@ -159,7 +159,7 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int, sequence_length: int)
     return _shape_of_preset(config, vocab_size, sequence_length)
 
 
-def _shape_of_preset(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
+def _shape_of_preset(config: ModelSection, vocab_size: int, sequence_length: int) -> TransformerConfig:
     preset = PRESETS[config.preset]
     given = {name: getattr(config, name) for name in _SIZES if getattr(config, name) is not None}
     sizes = {"vocab_size": vocab_size, "dropout": config.dropout, **given}
@@ -190,7 +190,7 @@ def _shape_of_preset(config: ModelConfig, vocab_size: int, sequence_length: int)
     return shape
 
 
-def _shape_of_folder(config: ModelConfig, vocab_size: int, sequence_length: int) -> ModelShape:
+def _shape_of_folder(config: ModelSection, vocab_size: int, sequence_length: int) -> TransformerConfig:
     shape = replace(read_shape(config.from_), dropout=config.dropout)
     problems = [
         f"model.{name}: {given} contradicts the {own} of {config.from_}; leave it out"
@@ -243,7 +243,7 @@ _SWITCHES = {
 }
 
 
-def read_shape(folder: str | Path) -> ModelShape:
+def read_shape(folder: str | Path) -> TransformerConfig:
     """The shape in a Hugging Face folder's config.json, with dropout 0 (the recipe decides on dropout).
 
     Missing keys take the values that transformers gives them. A model that is neither GPT-2 nor GPT-Neo, or a
@@ -285,7 +285,7 @@ def read_shape(folder: str | Path) -> ModelShape:
         layers = _attention_layers("gpt2", sizes["num_layers"])
     else:
         layers = _expand_attention_types(path, values.get("attention_types"), sizes["num_layers"])
-    return ModelShape(
+    return TransformerConfig(
         architecture=model_type.replace("_", "-"),
         attention_layers=layers,
         layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
@@ -326,7 +326,7 @@ def _expand_attention_types(path: Path, attention_types: Any, num_layers: int) -
     return layers
 
 
-def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(shape: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of our model by name, in the model's own order: linear weights are (out, in)."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     sizes: dict[str, tuple[int, ...]] = {
@@ -352,7 +352,7 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def count_parameters(shape: ModelShape) -> dict[str, int]:
+def count_parameters(shape: TransformerConfig) -> dict[str, int]:
     """Parameters by part and in all: the tied head once, rows that only pad the vocabulary not at all."""
     counts = dict.fromkeys(("token_embedding", "position_embedding", "attention", "mlp", "layer_norm"), 0)
     for name, size in parameter_shapes(shape).items():
@@ -370,7 +370,7 @@ def count_parameters(shape: ModelShape) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
+def flops_per_token(shape: TransformerConfig, sequence_length: int) -> int:
     """Floating-point operations of forward and backward for one token, as MFU counts them.
 
     6 N + 12 d sum(reach), the convention of PaLM (arXiv 2204.02311, appendix B) and nanoGPT: N are all

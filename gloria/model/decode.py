@@ -22,7 +22,7 @@ from gloria.model.transformer import Transformer
 
 
 @dataclass
-class OwnRows:
+class OwnCache:
     """Rows of a `Transformer` under way. Keys and values of a layer are (rows, heads, capacity, head_dim)."""
 
     model: Transformer
@@ -76,7 +76,7 @@ class OwnRows:
 
 
 @dataclass
-class ForeignRows:
+class ForeignCache:
     """Rows of a causal model of transformers under way."""
 
     model: nn.Module
@@ -117,14 +117,14 @@ class ForeignRows:
 
 def begin(
     model: nn.Module, prompts: Sequence[Sequence[int]], room: int, device: torch.device
-) -> tuple[OwnRows | ForeignRows, Tensor]:
+) -> tuple[OwnCache | ForeignCache, Tensor]:
     """The prompts as rows that have `room` for so many tokens more, and fp32 logits of the next, (rows, vocab)."""
     if isinstance(model, Transformer):
         return _read_prompts(model, prompts, room, device)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    rows = ForeignRows(model, ids, mask, DynamicCache(config=model.config) if _cache_name(model) else None)
+    rows = ForeignCache(model, ids, mask, DynamicCache(config=model.config) if _cache_name(model) else None)
     return rows, rows.step()
 
 
@@ -136,11 +136,11 @@ def _cache_name(model: nn.Module) -> str:
 
 def _read_prompts(
     model: Transformer, prompts: Sequence[Sequence[int]], room: int, device: torch.device
-) -> tuple[OwnRows, Tensor]:
+) -> tuple[OwnCache, Tensor]:
     shape, longest = model.shape, max(map(len, prompts))
     assert longest <= shape.max_positions, (longest, shape.max_positions)
     ids = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    rows = OwnRows(model, torch.tensor([len(prompt) for prompt in prompts], device=device), longest)
+    rows = OwnCache(model, torch.tensor([len(prompt) for prompt in prompts], device=device), longest)
     dtype = model.transformer.wte.weight.dtype
     masks = attention_masks(len(prompts), longest, shape.window_size, None, device=device, dtype=dtype)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from gloria.data.tokenizer import TextTokenizer, load_tokenizer
 from gloria.errors import UserError
 from gloria.files import partial_folder, publish
-from gloria.model.config import ModelShape, parameter_shapes, read_shape
+from gloria.model.config import TransformerConfig, parameter_shapes, read_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000  # as transformers cuts; also the most that writing holds in memory
@@ -62,7 +62,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 class FolderTensors(Mapping[str, Tensor]):
     """The parameters of a folder by our names, each read when asked for: fp32, our orientation, padded."""
 
-    def __init__(self, shape: ModelShape, places: dict[str, tuple[Path, str]]) -> None:
+    def __init__(self, shape: TransformerConfig, places: dict[str, tuple[Path, str]]) -> None:
         self._shape = shape
         self._places = places  # our name -> (file, its name there)
 
@@ -124,7 +124,7 @@ def read_tensors(folder: str | Path) -> FolderTensors:
 
 def write_folder(
     out: str | Path,
-    shape: ModelShape,
+    shape: TransformerConfig,
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer_folder: str | Path,
     dtype: str,
@@ -158,11 +158,11 @@ def write_folder(
         publish(made, out)
 
 
-def _is_transposed(shape: ModelShape, name: str) -> bool:
+def _is_transposed(shape: TransformerConfig, name: str) -> bool:
     return shape.architecture == "gpt2" and _CONV1D.search(name) is not None
 
 
-def _size_in_folder(shape: ModelShape, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+def _size_in_folder(shape: TransformerConfig, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
     if name == _EMBEDDING:
         return (shape.vocab_size, size[1])
     return size[::-1] if _is_transposed(shape, name) else size
@@ -180,7 +180,7 @@ def _read_header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _write_weights(
     folder: Path,
-    shape: ModelShape,
+    shape: TransformerConfig,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     shard_bytes: int,
@@ -223,7 +223,7 @@ def _cut(tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> Iterator[dic
         yield part
 
 
-def _to_folder(shape: ModelShape, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_folder(shape: TransformerConfig, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if name == _EMBEDDING:
         tensor = tensor[: shape.vocab_size]
     elif _is_transposed(shape, name):
@@ -237,7 +237,7 @@ def _special_ids(tokenizer: TextTokenizer) -> dict[str, int]:
     return ids if tokenizer.pad_id is None else {**ids, "pad_token_id": tokenizer.pad_id}
 
 
-def _config(shape: ModelShape, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
+def _config(shape: TransformerConfig, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
     common = {
         "activation_function": "gelu_new",
         "layer_norm_epsilon": shape.layer_norm_epsilon,

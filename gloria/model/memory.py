@@ -12,7 +12,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from gloria.model.config import LOCAL, ModelShape, parameter_shapes
+from gloria.model.config import LOCAL, TransformerConfig, parameter_shapes
 
 STATE_BYTES = 4  # weights, gradients and the optimizer's two averages are fp32 each
 CHUNK_TOKENS = 512  # loss.row_loss_sums computes the logits of so many tokens at a time
@@ -41,7 +41,7 @@ class Memory:
 
 
 def memory_per_rank(
-    shape: ModelShape,
+    shape: TransformerConfig,
     *,
     sequence_length: int,
     micro_batch: int,
@@ -94,7 +94,7 @@ def memory_per_rank(
 class _Sizes:
     """Elements of the parameters: whole and of rank 0's shard, of a block and of the root (embeddings, last norm)."""
 
-    def __init__(self, shape: ModelShape, shards: int) -> None:
+    def __init__(self, shape: TransformerConfig, shards: int) -> None:
         self.block = self.root = self.block_shard = root_shard = 0
         for name, size in parameter_shapes(shape).items():
             whole, shard = math.prod(size), -(-size[0] // shards) * math.prod(size[1:])
@@ -112,7 +112,7 @@ class _Sizes:
 class _Step:
     """Bytes that forward and backward of one micro-batch work with."""
 
-    shape: ModelShape
+    shape: TransformerConfig
     length: int
     batch: int
     element: int
@@ -179,7 +179,7 @@ class _Step:
         return gradients + computed_again + (self.hidden if self.checkpointing == "selective" else 0)
 
 
-def executed_flops_per_token(shape: ModelShape, sequence_length: int, activation_checkpointing: str) -> int:
+def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, activation_checkpointing: str) -> int:
     """Floating-point operations of matrix products that forward and backward really do for one token.
 
     More than `flops_per_token` counts: the loss computes its logits twice, attention its scores again in backward, a
@@ -200,7 +200,7 @@ def executed_flops_per_token(shape: ModelShape, sequence_length: int, activation
     return flops
 
 
-def traffic_per_step(shape: ModelShape, *, passes: int, ranks: int, replicas: int, element_bytes: int) -> int:
+def traffic_per_step(shape: TransformerConfig, *, passes: int, ranks: int, replicas: int, element_bytes: int) -> int:
     """Bytes that one rank sends in a step, by ring collectives.
 
     Each pass gathers every block for forward and again for backward, and the embeddings once; the step's last

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gloria.model.attention import Masks, attend, attention_masks
-from gloria.model.config import LOCAL, ModelShape
+from gloria.model.config import LOCAL, TransformerConfig
 from gloria.model.loss import row_loss_sums
 
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
@@ -36,7 +36,7 @@ _KEPT = [
 ]
 
 
-def _attend(shape: ModelShape, layer: int) -> Callable[..., Tensor]:
+def _attend(shape: TransformerConfig, layer: int) -> Callable[..., Tensor]:
     """`attend` as this layer does it, still without its dropout, which depends on train and eval."""
     window = shape.window_size if shape.attention_layers[layer] == LOCAL else 0
     return partial(attend, num_heads=shape.num_heads, window=window, scale=shape.attention_scale)
@@ -45,7 +45,7 @@ def _attend(shape: ModelShape, layer: int) -> Callable[..., Tensor]:
 class GPT2Attention(nn.Module):
     """One projection for queries, keys and values, with bias."""
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
+    def __init__(self, shape: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.dropout = shape.dropout
         self.attend = _attend(shape, layer)
@@ -67,7 +67,7 @@ class GPT2Attention(nn.Module):
 class GPTNeoAttention(nn.Module):
     """A projection each for queries, keys and values, without bias; transformers names them `attention.*`."""
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
+    def __init__(self, shape: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.dropout = shape.dropout
         self.attend = _attend(shape, layer)
@@ -96,7 +96,7 @@ class GPTNeoAttention(nn.Module):
 class MLP(nn.Module):
     """hidden -> intermediate -> hidden with GELU in its tanh form ("gelu_new" in transformers)."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: TransformerConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(shape.hidden_size, shape.intermediate_size)
         self.c_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
@@ -112,7 +112,7 @@ class Block(nn.Module):
     can be laid around it without changing a parameter's name.
     """
 
-    def __init__(self, shape: ModelShape, layer: int, activation_checkpointing: str) -> None:
+    def __init__(self, shape: TransformerConfig, layer: int, activation_checkpointing: str) -> None:
         super().__init__()
         self.dropout = shape.dropout
         self.activation_checkpointing = activation_checkpointing
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     whole only there.
     """
 
-    def __init__(self, shape: ModelShape, *, activation_checkpointing: str = "none") -> None:
+    def __init__(self, shape: TransformerConfig, *, activation_checkpointing: str = "none") -> None:
         super().__init__()
         assert activation_checkpointing in ACTIVATION_CHECKPOINTING
         self.shape = shape
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         return body.ln_f(hidden)
 
 
-def initial_value(name: str, size: torch.Size, shape: ModelShape, seed: int) -> Tensor:
+def initial_value(name: str, size: torch.Size, shape: TransformerConfig, seed: int) -> Tensor:
     """The whole starting value, fp32 on the CPU, of the parameter `name`: a function of (seed, name) alone.
 
     So it does not depend on the number of ranks or on the order in which they ask. Biases 0, norms 1, the

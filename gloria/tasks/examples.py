@@ -63,7 +63,7 @@ Example = Pair | Span | LastWord | Choice
 
 
 @dataclass(frozen=True)
-class PairGuess:
+class PairPrediction:
     """A label, a score or both, as the task's targets ask; None is a missing prediction."""
 
     label: str | None = None
@@ -71,7 +71,7 @@ class PairGuess:
 
 
 @dataclass(frozen=True)
-class SpanGuess:
+class SpanPrediction:
     """The best span that is not empty, and by how much (any unit) no answer is better than it: above 0 means none."""
 
     text: str
@@ -83,7 +83,7 @@ class SpanGuess:
 
 
 @dataclass(frozen=True)
-class WordGuess:
+class WordPrediction:
     """What a model wrote after the context, or what it thinks of the gold word, in nats over its tokens."""
 
     text: str | None = None
@@ -92,10 +92,10 @@ class WordGuess:
 
 
 @dataclass(frozen=True)
-class ChoiceGuess:
+class ChoicePrediction:
     """The index of a choice."""
 
     choice: int | None
 
 
-Guess = PairGuess | SpanGuess | WordGuess | ChoiceGuess
+Prediction = PairPrediction | SpanPrediction | WordPrediction | ChoicePrediction

@@ -17,15 +17,15 @@ from gloria.config.cli import suggest
 from gloria.errors import UserError
 from gloria.tasks.examples import (
     Choice,
-    ChoiceGuess,
+    ChoicePrediction,
     Example,
-    Guess,
     LastWord,
     Pair,
-    PairGuess,
+    PairPrediction,
+    Prediction,
     Span,
-    SpanGuess,
-    WordGuess,
+    SpanPrediction,
+    WordPrediction,
 )
 from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.statistics import (
@@ -63,7 +63,7 @@ class Score:
 def score(
     task: Task,
     examples: Sequence[Example],
-    predictions: Mapping[str, Guess],
+    predictions: Mapping[str, Prediction],
     *,
     rule: str = "",
     resamples: int = 1000,
@@ -87,8 +87,8 @@ def score(
 def compare(
     task: Task,
     examples: Sequence[Example],
-    a: Mapping[str, Guess],
-    b: Mapping[str, Guess],
+    a: Mapping[str, Prediction],
+    b: Mapping[str, Prediction],
     *,
     rule: str = "",
     resamples: int = 1000,
@@ -100,7 +100,7 @@ def compare(
 
 
 def measures(
-    task: Task, examples: Sequence[Example], predictions: Mapping[str, Guess], rule: str = ""
+    task: Task, examples: Sequence[Example], predictions: Mapping[str, Prediction], rule: str = ""
 ) -> dict[str, Measure]:
     """Each metric of the task with the columns it is computed from."""
     strange = predictions.keys() - {example.id for example in examples}
@@ -125,11 +125,11 @@ def measures(
     return {name: made(name) for name in names}
 
 
-def _missing(task: Task, guess: Guess | None) -> bool:
-    if isinstance(guess, PairGuess):
+def _missing(task: Task, guess: Prediction | None) -> bool:
+    if isinstance(guess, PairPrediction):
         said = {"entailment": guess.label, "similarity": guess.score}
         return any(said[target] is None for target in task.targets) or not math.isfinite(guess.score or 0)
-    return guess in (None, WordGuess(), ChoiceGuess(None))
+    return guess in (None, WordPrediction(), ChoicePrediction(None))
 
 
 def _share(right: Sequence[bool], groups: Any, note: str) -> Measure:
@@ -137,7 +137,7 @@ def _share(right: Sequence[bool], groups: Any, note: str) -> Measure:
 
 
 def _pairs(
-    task: Task, gold: list[Pair], guesses: list[PairGuess | None], groups: Any, note: str
+    task: Task, gold: list[Pair], guesses: list[PairPrediction | None], groups: Any, note: str
 ) -> Callable[[str], Measure]:
     # Here, as they take a second to import and most commands score nothing.
     from scipy.stats import pearsonr, spearmanr
@@ -181,7 +181,7 @@ def _pairs(
     return made
 
 
-def _scores(task: Task, gold: list[Pair], guesses: list[PairGuess | None]) -> tuple[Array, Array]:
+def _scores(task: Task, gold: list[Pair], guesses: list[PairPrediction | None]) -> tuple[Array, Array]:
     """Gold and predicted scores. A missing one is 0, as ASSIN's script has it; where 0 may be right, the far end."""
     low, high = task.range
     known = np.array([pair.score for pair in gold], float)
@@ -191,13 +191,13 @@ def _scores(task: Task, gold: list[Pair], guesses: list[PairGuess | None]) -> tu
 
 
 def _choices(
-    task: Task, gold: list[Choice], guesses: list[ChoiceGuess | None], groups: Any, note: str
+    task: Task, gold: list[Choice], guesses: list[ChoicePrediction | None], groups: Any, note: str
 ) -> Callable[[str], Measure]:
     return lambda name: _share([g is not None and g.choice == e.answer for e, g in zip(gold, guesses)], groups, note)
 
 
 def _words(
-    task: Task, gold: list[LastWord], guesses: list[WordGuess | None], groups: Any, note: str
+    task: Task, gold: list[LastWord], guesses: list[WordPrediction | None], groups: Any, note: str
 ) -> Callable[[str], Measure]:
     def made(name: str) -> Measure:
         metric, rule = name.split(":")
@@ -244,12 +244,12 @@ def span_scores(golds: Sequence[str], said: str, articles: re.Pattern[str], *, v
 
 
 def _spans(
-    task: Task, gold: list[Span], guesses: list[SpanGuess | None], groups: Any, note: str
+    task: Task, gold: list[Span], guesses: list[SpanPrediction | None], groups: Any, note: str
 ) -> Callable[[str], Measure]:
     version2 = "no_answer_exact" in task.metrics
     has = np.array([bool(span.answers) for span in gold])
 
-    def table(articles: re.Pattern[str], said: Callable[[SpanGuess], str]) -> Array:
+    def table(articles: re.Pattern[str], said: Callable[[SpanPrediction], str]) -> Array:
         rows = []
         for span, guess in zip(gold, guesses):
             texts = [text for text, _ in span.answers if normalise(text, articles) or not version2] or [""]
@@ -275,7 +275,7 @@ def _spans(
     return made
 
 
-def _oracle(raw: Array, has: Array, guesses: list[SpanGuess | None], groups: Any, note: str) -> Measure:
+def _oracle(raw: Array, has: Array, guesses: list[SpanPrediction | None], groups: Any, note: str) -> Measure:
     """SQuAD 2.0's best threshold: the highest score that any cut of `no_answer` gives on these very answers."""
     cut = np.array([guess.no_answer if guess else np.inf for guess in guesses])
     order = np.argsort(cut, kind="stable")

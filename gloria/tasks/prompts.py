@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import xxhash
 
 from gloria.errors import UserError
-from gloria.tasks.examples import Choice, Example, LastWord, Pair, PairGuess
+from gloria.tasks.examples import Choice, Example, LastWord, Pair, PairPrediction
 from gloria.tasks.task import Task
 
 
@@ -92,10 +92,10 @@ def _original_pair(pair: Pair) -> str:
     return f"Premissa: {pair.first}\nHipotese: {pair.second}"
 
 
-def read_original(continuation: str) -> PairGuess:
+def read_original(continuation: str) -> PairPrediction:
     """What a continuation of `original_prompt` says: the first similarity and consequence, None for what it lacks.
 
     The original left a pair out of the score when it could not read the answer; here that is a wrong answer.
     """
     found = re.search(r"Semelhança: (\d+(?:\.\d+)?)\s+Consequência: ([01])\b", continuation)
-    return PairGuess(("None", "Entailment")[int(found[2])], float(found[1])) if found else PairGuess()
+    return PairPrediction(("None", "Entailment")[int(found[2])], float(found[1])) if found else PairPrediction()

@@ -13,7 +13,7 @@ from typing import Any
 
 import gloria
 from gloria.files import write_whole
-from gloria.tasks.examples import Example, Guess
+from gloria.tasks.examples import Example, Prediction
 from gloria.tasks.metrics import score
 from gloria.tasks.task import Task
 
@@ -26,7 +26,7 @@ def score_record(
     task: Task,
     split: str,
     examples: Sequence[Example],
-    guesses: Mapping[str, Guess],
+    guesses: Mapping[str, Prediction],
     *,
     rule: str = "",
     method: str,

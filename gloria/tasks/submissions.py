@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from gloria.errors import UserError
-from gloria.tasks.examples import ChoiceGuess, Example, Guess, PairGuess, SpanGuess, WordGuess
+from gloria.tasks.examples import ChoicePrediction, Example, PairPrediction, Prediction, SpanPrediction, WordPrediction
 from gloria.tasks.formats.files import Problems, json_rows
 from gloria.tasks.task import Task
 
@@ -22,11 +22,11 @@ KINDS = {
     "greedy": bool,
     "choice": int,
 }
-GUESSES = {"pair": PairGuess, "span": SpanGuess, "last_word": WordGuess, "choice": ChoiceGuess}
+GUESSES = {"pair": PairPrediction, "span": SpanPrediction, "last_word": WordPrediction, "choice": ChoicePrediction}
 
 
 def write_submission(
-    task: Task, examples: Sequence[Example], predictions: Mapping[str, Guess], folder: Path
+    task: Task, examples: Sequence[Example], predictions: Mapping[str, Prediction], folder: Path
 ) -> list[Path]:
     """The predictions in the official format: ASSIN's XML (a file a variety), GLUE's tsv, SQuAD's JSON, JSON lines.
 
@@ -46,16 +46,16 @@ def write_submission(
     return written
 
 
-def write_guesses(path: Path, predictions: Mapping[str, Guess]) -> None:
+def write_predictions(path: Path, predictions: Mapping[str, Prediction]) -> None:
     """{"id": ..., fields of the prediction} a line, what is at its default left out."""
     path.write_text("".join(_line({"id": id} | _fields(guess)) for id, guess in predictions.items()), encoding="utf-8")
 
 
-def read_guesses(task: Task, path: Path) -> dict[str, Guess]:
-    """Predictions as `write_guesses` wrote them. Raises `UserError` for rows that are none of this task."""
+def read_predictions(task: Task, path: Path) -> dict[str, Prediction]:
+    """Predictions as `write_predictions` wrote them. Raises `UserError` for rows that are none of this task."""
     problems, kind = Problems(path), GUESSES[task.family]
     known = [field.name for field in dataclasses.fields(kind)]
-    guesses: dict[str, Guess] = {}
+    guesses: dict[str, Prediction] = {}
     if not path.is_file():
         raise UserError(f"{path}: no such file; give predictions that gloria.evaluate wrote")
     for line, row in json_rows(path, problems):
@@ -73,7 +73,7 @@ def _line(row: dict[str, object]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _fields(guess: Guess) -> dict[str, object]:
+def _fields(guess: Prediction) -> dict[str, object]:
     """Fields that say something. JSON has no NaN, which is no prediction, and no infinity, which is a large number."""
     row = {}
     for field in dataclasses.fields(guess):
@@ -84,7 +84,7 @@ def _fields(guess: Guess) -> dict[str, object]:
     return row
 
 
-def _xml(guesses: Sequence[tuple[Example, Guess]], prefix: str) -> bytes:
+def _xml(guesses: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
     root = ElementTree.Element("entailment-corpus")
     for pair, guess in guesses:
         row = {"id": pair.id.removeprefix(prefix)}
@@ -97,16 +97,16 @@ def _xml(guesses: Sequence[tuple[Example, Guess]], prefix: str) -> bytes:
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
 
 
-def _tsv(guesses: Sequence[tuple[Example, Guess]], prefix: str) -> bytes:
+def _tsv(guesses: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
     rows = [f"{e.id}\t{guess.label if guess.score is None else f'{guess.score:.4f}'}\n" for e, guess in guesses]
     return "".join(["index\tprediction\n", *rows]).encode()
 
 
-def _json(guesses: Sequence[tuple[Example, Guess]], prefix: str) -> bytes:
+def _json(guesses: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
     return json.dumps({example.id: guess.said for example, guess in guesses}, ensure_ascii=False, indent=1).encode()
 
 
-def _jsonl(guesses: Sequence[tuple[Example, Guess]], prefix: str) -> bytes:
+def _jsonl(guesses: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
     return "".join(_line({"id": e.id.removeprefix(prefix)} | _fields(guess)) for e, guess in guesses).encode()
 
 

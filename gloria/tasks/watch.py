@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from gloria.dist.agreement import gather
 from gloria.dist.checkpoint_read import read_trainer
 from gloria.dist.manifest import checkpoint_path, read_manifest, saved_steps
-from gloria.dist.process import Process, agree, on_any_rank
+from gloria.dist.process import Process, on_any_rank, rank0_decides
 from gloria.dist.run_lock import STATUS, RunStatus, read_status
 from gloria.dist.signals import stop_reason
 from gloria.errors import UserError, warn
@@ -119,16 +119,16 @@ def watch(
     waited for. Rank 0 looks every `poll` seconds; all ranks score. `load` raises UserError for what is not whole.
     """
     watcher = Watcher(run, tasks)
-    agree(process, lambda: _remember(watcher))
+    rank0_decides(process, lambda: _remember(watcher))
     while not on_any_rank(bool(stop_reason())):
-        decided = agree(process, watcher.look)
+        decided = rank0_decides(process, watcher.look)
         if decided == WAIT:
             _wait(poll)
         elif decided in (DONE, FAILED):
             return _end(watcher, process, failed=decided == FAILED)
         else:
             step = decided - FIRST
-            bits = agree(process, lambda step=step: watcher.missing(step))
+            bits = rank0_decides(process, lambda step=step: watcher.missing(step))
             missing = [task for number, task in enumerate(tasks) if bits >> number & 1]
             _score_one(watcher, step, missing, process, load, score)
     if process.is_main:
@@ -176,7 +176,7 @@ def _score_one(
         records.append(record)
         if on_any_rank(bool(stop_reason())):
             return
-    agree(process, lambda: _write(watcher, checkpoint, records))
+    rank0_decides(process, lambda: _write(watcher, checkpoint, records))
     if process.is_main:
         print(f"step {step}: scored in {time.perf_counter() - started:.1f} s", table({"results": records}), sep="\n")
         sys.stdout.flush()

@@ -13,11 +13,11 @@ from gloria.train.run import Run
 
 def begin(run: Run, tensors: dict[str, Shard], trainer: dict[str, Any], *, asynchronous: bool) -> None:
     """Start the checkpoint of this step, of all that the run has to remember. One still under way is waited for."""
-    run.watch.at(run.step, "checkpoint", patient=True)
+    run.watch.beat(run.step, "checkpoint", slow=True)
     if run.save:
         if run.log:
             run.log.event(run.step, "checkpoint_wait", for_step=run.save.step)
-        tell_save(run, whole=finish(run.save))
+        finish_save(run, whole=finish(run.save))
     run.save = begin_save(
         run.folder,
         run.step,
@@ -31,27 +31,27 @@ def begin(run: Run, tensors: dict[str, Shard], trainer: dict[str, Any], *, async
         staging=run.staging,
     )
     if not asynchronous:
-        tell_save(run, whole=finish(run.save))
+        finish_save(run, whole=finish(run.save))
 
 
-def settle(run: Run, sums: StepSums) -> None:
+def poll(run: Run, sums: StepSums) -> None:
     """Publish the save under way once every rank has written its part, or let go of it where one has failed."""
     if not run.save or not (sums.saves_failed or sums.saves_done == run.process.world):
         return
     if sums.saves_failed:
         abandon(run.save)
-        tell_save(run, whole=False)
+        finish_save(run, whole=False)
     else:
-        tell_save(run, whole=not run.process.is_main or publish(run.save))
+        finish_save(run, whole=not run.process.is_main or publish(run.save))
 
 
 def wait(run: Run) -> None:
     """Let the save under way come to its end, at the end of a run."""
     if run.save:
-        tell_save(run, whole=finish(run.save))
+        finish_save(run, whole=finish(run.save))
 
 
-def tell_save(run: Run, *, whole: bool) -> None:
+def finish_save(run: Run, *, whole: bool) -> None:
     """A save is over: say how it went, and let go of checkpoints that are no longer wanted."""
     save, run.save = run.save, None
     if whole:

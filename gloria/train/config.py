@@ -24,7 +24,7 @@ from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
 from gloria.dist.gpus import precision_option
 from gloria.errors import UserError
-from gloria.model.config import ModelConfig, ModelShape, count_parameters, flops_per_token, resolve_shape
+from gloria.model.config import ModelSection, TransformerConfig, count_parameters, flops_per_token, resolve_shape
 from gloria.model.memory import Memory, memory_per_rank
 from gloria.optim import schedules
 from gloria.optim.config import OptimConfig
@@ -113,7 +113,7 @@ class PretrainConfig:
     """All that a pre-training run is told."""
 
     run: RunConfig
-    model: ModelConfig
+    model: ModelSection
     data: MixtureConfig
     train: TrainConfig
     dist: DistConfig
@@ -141,7 +141,7 @@ class RunPlan:
     corpus: Corpus
     weights: dict[str, float]  # of all sources of the corpus, as they hold in this run
     mixture: Mixture  # as it is at the start of a run
-    shape: ModelShape
+    shape: TransformerConfig
     total_steps: int
     tokens: int  # predicted in the whole run
     epochs: dict[str, float]  # passes over each source in use
@@ -247,7 +247,7 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
     )
     mixture = _attempt(lambda: _mixture(config, corpus), problems) if corpus else None
     if problems:
-        raise located(config, UserError(*problems))
+        raise with_location(config, UserError(*problems))
     assert corpus is not None  # what failed is reported
     assert shape is not None
     assert mixture is not None
@@ -259,7 +259,7 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
         problems.append(f"{keys[0]}: {what}")
     _attempt(lambda: check_epochs(config, mixture, total_steps), problems)
     if problems:
-        raise located(config, UserError(*problems))
+        raise with_location(config, UserError(*problems))
     return RunPlan(
         world=world,
         accumulation=train.global_batch // (train.micro_batch * world),
@@ -281,7 +281,7 @@ def check_epochs(config: PretrainConfig, mixture: Mixture, total_steps: int) -> 
     check_exhaustion(mixture, mixture.samples_of_step(total_steps).start, config.data.max_epochs)
 
 
-def located(config: PretrainConfig, error: UserError) -> UserError:
+def with_location(config: PretrainConfig, error: UserError) -> UserError:
     """The same problems, with the file or the flag that gave it in front of each key of the recipe."""
     sections = "|".join(section.name for section in dataclasses.fields(config))
     lines = []
@@ -291,7 +291,7 @@ def located(config: PretrainConfig, error: UserError) -> UserError:
     return UserError(*lines)
 
 
-def peak_of_step(config: PretrainConfig, shape: ModelShape, world: int, *, element_bytes: int) -> Memory:
+def peak_of_step(config: PretrainConfig, shape: TransformerConfig, world: int, *, element_bytes: int) -> Memory:
     """A rank's memory at the worst moment of a step of this recipe on `world` ranks."""
     train = config.train
     return memory_per_rank(

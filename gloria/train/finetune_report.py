@@ -23,7 +23,7 @@ COLUMNS = (
 )
 
 
-def tell_step(run: Run, step: Step) -> None:
+def report_step(run: Run, step: Step) -> None:
     """Count a step; of a skipped one tell which rows it held; every so often tell what the last ones were like."""
     run.since.append(step)
     if run.log:
@@ -37,7 +37,7 @@ def tell_step(run: Run, step: Step) -> None:
         run.log.train(run.step, _values(run, since), (COLUMNS, _cells))
 
 
-def tell_scores(run: Run, values: Mapping[str, float | None], best: bool) -> None:
+def report_scores(run: Run, values: Mapping[str, float | None], best: bool) -> None:
     """The scores of the set that chooses the model."""
     if not run.log:
         return

@@ -22,13 +22,13 @@ from gloria.dist.checkpoint import Save, checkpoint_bytes
 from gloria.dist.checkpoint_read import open_reader, read_trainer
 from gloria.dist.loss_scale import loss_scale_for, restore
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.process import Process, agree
+from gloria.dist.process import Process, rank0_decides
 from gloria.dist.retention import check_free_space
-from gloria.dist.run_lock import LOCK, STATUS, Claim, claim_run, read_status, release_run, write_status
+from gloria.dist.run_lock import LOCK, STATUS, RunLock, lock_run, read_status, release_run, write_status
 from gloria.dist.sharding import build_mesh, precision_and_reason
 from gloria.dist.state import load_training_state, training_state
 from gloria.dist.step_sums import StepSums
-from gloria.dist.watchdog import Watch, start_watch
+from gloria.dist.watchdog import Watchdog, start_watch
 from gloria.errors import UserError
 from gloria.files import parse_json_object, put_back, read_bounded
 from gloria.optim import schedules
@@ -36,7 +36,7 @@ from gloria.optim.optimizers import build_optimizer
 from gloria.tasks.examples import Example
 from gloria.tasks.models.backbones import load_model
 from gloria.tasks.models.encode import Encoded, Row
-from gloria.tasks.models.finetuned import MODEL, Inputs, Tuned, encode, is_tuned, read_task_file, task_heads
+from gloria.tasks.models.finetuned import MODEL, FinetunedModel, Inputs, encode, is_tuned, read_task_file, task_heads
 from gloria.tasks.models.heads import SCORE, TaskModel, count_parameters, initialise_heads, shard_task_model
 from gloria.tasks.report import RESULTS
 from gloria.tasks.task import Task
@@ -94,15 +94,15 @@ class Run(AnyRun):
     process: Process
     mesh: DeviceMesh
     folder: Path
-    tuned: Tuned
+    tuned: FinetunedModel
     optimizer: torch.optim.Optimizer
     rows: list[Row]
     fingerprint: str  # of the rows, and of the examples that choose the model
     total_steps: int
     launch: str
-    watch: Watch  # over this rank's progress
+    watch: Watchdog  # over this rank's progress
     loss_scale: Tensor | None = None  # of fp16; see dist.loss_scale
-    claim: Claim | None = None  # rank 0's hold on the run folder
+    claim: RunLock | None = None  # rank 0's hold on the run folder
     log: RunLog | None = None  # rank 0's
     first_step: int = 0  # steps that were done when this launch took over
     step: int = 0
@@ -133,10 +133,10 @@ class Run(AnyRun):
 
 
 def open_run(plan: Plan, seed: int, folder: Path, process: Process) -> Run:
-    """Claim the folder, load and shard the model, encode the examples, go on from the newest checkpoint."""
+    """RunLock the folder, load and shard the model, encode the examples, go on from the newest checkpoint."""
     dist = plan.config.dist
     logs = Path(plan.config.run.dir) / "logs"
-    watch = Watch(logs, process.rank, process.world, 60 * dist.timeout_minutes, 60 * dist.step_timeout_minutes)
+    watch = Watchdog(logs, process.rank, process.world, 60 * dist.timeout_minutes, 60 * dist.step_timeout_minutes)
     start_watch(watch)
     try:
         return _open_run(plan, seed, folder, process, watch)
@@ -164,7 +164,7 @@ def is_done(folder: Path, config: FinetuneConfig, seed: int) -> int:
         raise UserError(*problems)
     before = read_status(folder)
     if before.status != "done":
-        claim = claim_run(folder, before.launch)
+        claim = lock_run(folder, before.launch)
         write_status(claim, "done", before.step)
         release_run(claim)
     return 1
@@ -181,16 +181,16 @@ def check_seeds(folder: Path, seeds: list[int]) -> int:
     return 0
 
 
-def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watch) -> Run:
+def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watchdog) -> Run:
     config, train = plan.config, plan.config.train
-    watch.launch = f"{agree(process, lambda: secrets.randbits(40)):010x}"
+    watch.launch = f"{rank0_decides(process, lambda: secrets.randbits(40)):010x}"
 
     def claim_and_choose() -> int:
-        watch.claim = claim_run(folder, watch.launch)
+        watch.claim = lock_run(folder, watch.launch)
         put_back(folder / MODEL)
         return choose_step(folder, config.run.resume, watch.launch)
 
-    resume_step = agree(process, claim_and_choose)
+    resume_step = rank0_decides(process, claim_and_choose)
     leave_if_asked(watch, resume_step)
     mesh = build_mesh(process, config.dist.replicas)
     precision, why = precision_and_reason(train.precision, process.device)
@@ -229,7 +229,7 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
     )
     if resume_step:
         load_checkpoint(run, checkpoint_path(folder, resume_step))
-    agree(process, lambda: _prepare_folder(run))
+    rank0_decides(process, lambda: _prepare_folder(run))
     if process.is_main:
         print(*_about(run, encoded, cut, f"{precision}: {why}"), sep="\n", flush=True)
         about = {"launch": run.launch, "ranks": process.world, "seed": seed}
@@ -237,7 +237,7 @@ def _open_run(plan: Plan, seed: int, folder: Path, process: Process, watch: Watc
     return run
 
 
-def _prepare(plan: Plan, seed: int) -> tuple[Tuned, Encoded, str]:
+def _prepare(plan: Plan, seed: int) -> tuple[FinetunedModel, Encoded, str]:
     """The model with its heads, whole and on CPU; the rows to train on; what to say of a length that was cut."""
     config, train, heads = plan.config, plan.config.train, task_heads(plan.task)
     torch.manual_seed(seed)  # weights that a folder lacks (BERT's pooler) start at random
@@ -255,7 +255,7 @@ def _prepare(plan: Plan, seed: int) -> tuple[Tuned, Encoded, str]:
         max_answer_tokens=train.max_answer_tokens,
         no_answer=any(getattr(example, "impossible", False) for example in plan.train),
     )
-    tuned = Tuned(loaded.source, TaskModel(loaded.backbone, heads, train.dropout), loaded.tokenizer, inputs)
+    tuned = FinetunedModel(loaded.source, TaskModel(loaded.backbone, heads, train.dropout), loaded.tokenizer, inputs)
     encoded = encode(tuned, plan.train, training=True)
     if not encoded.rows:
         raise UserError(f"{plan.folder}: no answer of {len(plan.train)} questions is in its context; check the files")

@@ -11,28 +11,28 @@ from gloria.dist.loss_scale import FACTOR, LEAST
 from gloria.dist.step_sums import StepSums
 from gloria.train.config import span
 from gloria.train.metrics import peak_memory
-from gloria.train.pretrain_run import Queued, Run
+from gloria.train.pretrain_run import PendingStep, Run
 
 
-def tell_step(run: Run, queued: Queued, sums: StepSums) -> None:
+def report_step(run: Run, pending: PendingStep, sums: StepSums) -> None:
     """A line of the log: what the steps since the last one were like."""
     mixture = run.mixture
-    taken, stage = mixture.count_before(queued.next_sample), mixture.stages[-1]
+    taken, stage = mixture.count_before(pending.next_sample), mixture.stages[-1]
     since = {name: taken[name] - before for name, before in zip(stage.names, stage.taken)}
     values = run.meter.read(
-        lr=queued.lr,
+        lr=pending.lr,
         tokens=run.tokens,
         asked=mixture.shares,
         taken=since,
-        epochs=mixture.epochs_at(queued.next_sample),
+        epochs=mixture.epochs_at(pending.next_sample),
         memory=peak_memory(run.process.device.type),
         loss_scale=sums.loss_scale,
     )
     if run.log:
-        run.log.train(queued.step, values)
+        run.log.train(pending.step, values)
 
 
-def count_step(run: Run, queued: Queued, sums: StepSums) -> None:
+def add_step(run: Run, pending: PendingStep, sums: StepSums) -> None:
     """Count a step; of a skipped one tell why, which samples it held, and the sources whose loss was not finite.
 
     An overflow is the loss scale's doing, now and then to be expected: it neither counts among the skips in a row nor
@@ -44,8 +44,8 @@ def count_step(run: Run, queued: Queued, sums: StepSums) -> None:
         sums.source_rows,
         sums.grad_norm,
         sums.applied,
-        queued.seconds,
-        queued.data_seconds,
+        pending.seconds,
+        pending.data_seconds,
         sums.overflow,
     )
     if sums.applied:
@@ -54,20 +54,20 @@ def count_step(run: Run, queued: Queued, sums: StepSums) -> None:
         run.overflows += 1
         scale = max(sums.loss_scale / FACTOR, LEAST)
         if run.log and math.log2(scale) % 4 == 0:
-            run.log.event(queued.step, "overflows", so_far=run.overflows, loss_scale=scale)
+            run.log.event(pending.step, "overflows", so_far=run.overflows, loss_scale=scale)
     else:
         run.skips += 1
         run.skips_in_a_row += 1
-        _tell_skip(run, queued, sums)
+        _report_skip(run, pending, sums)
 
 
-def _tell_skip(run: Run, queued: Queued, sums: StepSums) -> None:
+def _report_skip(run: Run, pending: PendingStep, sums: StepSums) -> None:
     if not run.log:
         return
-    samples = run.mixture.samples_of_step(queued.step - 1)
+    samples = run.mixture.samples_of_step(pending.step - 1)
     bad = [name for name, loss in zip(run.mixture.names, sums.source_loss) if not np.isfinite(loss)]
     run.log.event(
-        queued.step,
+        pending.step,
         "skipped",
         samples=f"{samples.start}:{samples.stop}",
         why="spike" if sums.spike else "not finite" if run.loss_scale is None else "not finite; fp16 ends at 65504",

@@ -28,27 +28,27 @@ from gloria.dist.loss_scale import loss_scale_for, restore
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import (
     Process,
-    agree,
     leave_process_group,
+    rank0_decides,
     start_process_group,
     stop_process_group,
 )
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.retention import check_free_space
-from gloria.dist.run_lock import LOCK, Claim, claim_run, release_run, write_status
+from gloria.dist.run_lock import LOCK, RunLock, lock_run, release_run, write_status
 from gloria.dist.sharding import build_mesh, fill_parameters, precision_and_reason, shard
 from gloria.dist.signals import set_time_budget
 from gloria.dist.state import load_rng_state_dict, load_training_state, training_state
 from gloria.dist.step_sums import new_running_norm
-from gloria.dist.watchdog import Watch, start_watch
+from gloria.dist.watchdog import Watchdog, start_watch
 from gloria.errors import UserError, warn
 from gloria.files import to_json, write_whole
-from gloria.model.config import ModelShape
+from gloria.model.config import TransformerConfig
 from gloria.model.huggingface import read_tensors
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
-from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located, span
+from gloria.train.config import PretrainConfig, RunPlan, check_epochs, span, with_location
 from gloria.train.metrics import Meter, RunLog, open_log, peak_flops
 from gloria.train.resume import changes_since, choose_step, leave_if_asked
 from gloria.train.run import Run as AnyRun
@@ -75,8 +75,8 @@ class Run(AnyRun):
     mixture: Mixture
     meter: Meter
     valid_streams: dict[str, tuple[TokenStream, np.ndarray]]  # by source: held-out tokens, windows (n,)
-    watch: Watch  # over this rank's progress
-    claim: Claim | None = None  # rank 0's hold on the run folder
+    watch: Watchdog  # over this rank's progress
+    claim: RunLock | None = None  # rank 0's hold on the run folder
     loader: Loader | None = None  # opened last: its thread starts with the first batch
     log: RunLog | None = None  # rank 0's
     first_step: int = 0  # steps that were done when this launch took over
@@ -86,7 +86,7 @@ class Run(AnyRun):
     skips: int = 0  # updates left out in all, and without a good one in between
     skips_in_a_row: int = 0
     overflows: int = 0  # updates left out for the loss scale, which are no skips
-    running_norm: Tensor | None = None  # of the gradients, where spikes are skipped; see dist.step_sums.judge
+    running_norm: Tensor | None = None  # of the gradients, where spikes are skipped; see dist.step_sums.decide_update
     loss_scale: Tensor | None = None  # of fp16; see dist.loss_scale
     profiler: torch.profiler.profile | None = None  # at work in the steps of train.profile_steps
     save: Save | None = None  # under way in the background
@@ -102,7 +102,7 @@ class Run(AnyRun):
 
 
 @dataclass
-class Queued:
+class PendingStep:
     """A step that is on its way: its sums may still be in the making on the device."""
 
     step: int  # steps done once it is
@@ -119,7 +119,7 @@ def open_run(config: PretrainConfig, plan: RunPlan) -> Run:
     set_time_budget(config.run.max_minutes)
     process = start_process_group(config.run.device, max(config.dist.timeout_minutes, config.dist.step_timeout_minutes))
     patience, limit = 60 * config.dist.timeout_minutes, 60 * config.dist.step_timeout_minutes
-    watch = Watch(Path(config.run.dir) / "logs", process.rank, process.world, patience, limit)
+    watch = Watchdog(Path(config.run.dir) / "logs", process.rank, process.world, patience, limit)
     start_watch(watch)
     try:
         run, changes = _open_run(config, plan, process, watch)
@@ -146,16 +146,16 @@ def open_run(config: PretrainConfig, plan: RunPlan) -> Run:
     return run
 
 
-def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Watch) -> tuple[Run, list[str]]:
+def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Watchdog) -> tuple[Run, list[str]]:
     """All that a user's mistake can end; the lines that tell what has changed since the checkpoint."""
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     precision, why = _choose_precision(config, process)
     require_same_recipe(process, config, plan.corpus.manifest, precision=precision)
     mesh = build_mesh(process, config.dist.replicas)
-    watch.launch = f"{agree(process, lambda: secrets.randbits(40)):010x}"
+    watch.launch = f"{rank0_decides(process, lambda: secrets.randbits(40)):010x}"
     folder = Path(config.run.dir)
-    resume_step = agree(process, lambda: _claim_and_choose(config, watch))
+    resume_step = rank0_decides(process, lambda: _claim_and_choose(config, watch))
     require_shared(process, folder / LOCK, watch.launch)
     open_rank_log(folder, process.rank, process.world)
     leave_if_asked(watch, resume_step)
@@ -183,13 +183,13 @@ def _open_run(config: PretrainConfig, plan: RunPlan, process: Process, watch: Wa
     changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else _initialise(run)
     if samples := span(config.data.skip_samples):
         changes += _leave_out(run, samples)
-    agree(process, lambda: _prepare_folder(run))
+    rank0_decides(process, lambda: _prepare_folder(run))
     return run, changes
 
 
 def close_run(run: Run, status: str, reason: str = "") -> None:
     """Write the run's last status and leave the process group together with the other ranks."""
-    run.watch.at(run.step, "end", patient=True)
+    run.watch.beat(run.step, "end", slow=True)
     if run.loader:
         run.loader.close()
     close_folder(run, status, reason)
@@ -220,10 +220,10 @@ def trainer_state(run: Run) -> dict[str, Any]:
     }
 
 
-def _claim_and_choose(config: PretrainConfig, watch: Watch) -> int:
+def _claim_and_choose(config: PretrainConfig, watch: Watchdog) -> int:
     """For rank 0: take the run folder's lock (`watch.claim`), and the step to go on from; 0 to begin."""
     folder = Path(config.run.dir)
-    watch.claim = claim_run(folder, watch.launch)
+    watch.claim = lock_run(folder, watch.launch)
     return choose_step(folder, config.run.resume, watch.launch, config.data.skip_samples)
 
 
@@ -231,7 +231,7 @@ def _choose_precision(config: PretrainConfig, process: Process) -> tuple[str, st
     try:
         return precision_and_reason(config.train.precision, process.device)
     except UserError as error:
-        raise located(config, error) from None
+        raise with_location(config, error) from None
 
 
 def _build_model(
@@ -249,7 +249,7 @@ def _build_model(
 
 
 def shard_model(
-    shape: ModelShape,
+    shape: TransformerConfig,
     mesh: DeviceMesh,
     device: torch.device,
     *,
@@ -300,7 +300,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
         )
         check_epochs(run.config, run.mixture, run.plan.total_steps)
     except UserError as error:
-        raise located(run.config, error) from None
+        raise with_location(run.config, error) from None
     load_training_state(run.model, run.optimizer, reader.read_into)
     if states := reader.read_rng(run.process.rank):
         load_rng_state_dict(states)
@@ -329,7 +329,7 @@ def _leave_out(run: Run, samples: range) -> list[str]:
     try:
         return run.mixture.leave_out(samples)
     except UserError as error:
-        raise located(run.config, error) from None
+        raise with_location(run.config, error) from None
 
 
 def _prepare_folder(run: Run) -> int:

@@ -15,10 +15,10 @@ from gloria.config.schema import flatten
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_trainer
 from gloria.dist.manifest import saved_steps
 from gloria.dist.process import on_any_rank
-from gloria.dist.retention import remove_strays, set_aside_newer
+from gloria.dist.retention import remove_incomplete, set_aside_newer
 from gloria.dist.run_lock import STATUS, read_status, write_status
 from gloria.dist.signals import ASKED, stop_reason
-from gloria.dist.watchdog import Watch
+from gloria.dist.watchdog import Watchdog
 from gloria.errors import UserError
 from gloria.optim import schedules
 from gloria.train.config import PretrainConfig, RunPlan
@@ -27,7 +27,7 @@ from gloria.train.config import PretrainConfig, RunPlan
 _TOLD_ELSEWHERE = ("data.", "train.global_batch", "train.sequence_length", "schedule.", "run.", "dry_run", "verify")
 
 
-def leave_if_asked(watch: Watch, step: int) -> None:
+def leave_if_asked(watch: Watchdog, step: int) -> None:
     """End all ranks, the run stopped at `step`, if one was asked to: before the minutes that loading may take."""
     if on_any_rank(bool(stop_reason())):
         if watch.claim:
@@ -43,7 +43,7 @@ def choose_step(folder: Path, resume: int | str, launch: str, skip_samples: str 
     a run goes on from what it has done since. `skip_samples` is the recipe's, a part of that command. Raises
     UserError rather than beginning afresh where a run has been.
     """
-    for line in remove_strays(folder):
+    for line in remove_incomplete(folder):
         print(line, flush=True)
     steps = saved_steps(folder)
     if resume == "never":

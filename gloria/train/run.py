@@ -13,10 +13,10 @@ from gloria.data.corpus import Manifest, source_fingerprint
 from gloria.dist.agreement import require_same
 from gloria.dist.checkpoint import Save, SaveState
 from gloria.dist.process import Process
-from gloria.dist.run_lock import Claim, release_run, write_status
+from gloria.dist.run_lock import RunLock, release_run, write_status
 from gloria.dist.signals import stop_reason
 from gloria.dist.step_sums import Flags
-from gloria.dist.watchdog import Watch
+from gloria.dist.watchdog import Watchdog
 from gloria.train.metrics import RunLog
 
 # Why a run ends as its last checkpoint has it, before its plan is done (asked to stop, it saves first).
@@ -30,8 +30,8 @@ class Run:
     process: Process
     folder: Path
     launch: str
-    watch: Watch
-    claim: Claim | None
+    watch: Watchdog
+    claim: RunLock | None
     log: RunLog | None
     step: int
     save: Save | None
@@ -56,7 +56,7 @@ def flags_of(run: Run) -> Flags:
         stop=bool(stop_reason()),
         save_done=state == SaveState.DONE,
         save_failed=state == SaveState.FAILED,
-        claim_lost=run.claim is not None and run.claim.lost,
+        lock_lost=run.claim is not None and run.claim.lost,
     )
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from gloria.config.cli import to_mapping
 from gloria.dist.agreement import on_all_ranks
-from gloria.dist.process import agree, on_any_rank
+from gloria.dist.process import on_any_rank, rank0_decides
 from gloria.dist.signals import stop_reason
 from gloria.tasks.metrics import score
 from gloria.tasks.models.export import export_head
 from gloria.tasks.models.finetuned import MODEL, load_tuned, predict, save_tuned, whole_state
 from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, write_results
-from gloria.tasks.submissions import write_guesses, write_submission
-from gloria.train.finetune_report import tell_scores
+from gloria.tasks.submissions import write_predictions, write_submission
+from gloria.train.finetune_report import report_scores
 from gloria.train.finetune_run import Run
 
 
@@ -30,7 +30,7 @@ def choose(run: Run) -> bool:
     False, and nothing is chosen, where the run is asked to stop meanwhile.
     """
     task = run.plan.task
-    run.watch.at(run.step, "validation", patient=True)
+    run.watch.beat(run.step, "validation", slow=True)
     try:
         found, _ = predict(run.tuned, run.plan.selection, run.config.eval.batch, run.process, _go_on(run, "validation"))
     except AskedToStop:
@@ -39,11 +39,11 @@ def choose(run: Run) -> bool:
     values = {name: value.value for name, value in scores.items()}
     now, before = values[task.selection], run.best.get("scores", {}).get(task.selection)
     better = not run.best or (now is not None and (before is None or now > before))
-    tell_scores(run, values, better)
+    report_scores(run, values, better)
     if better:
         run.best = {"step": run.step, "scores": values}
         state = whole_state(run.tuned.model, keep=run.process.is_main)
-        agree(run.process, lambda: _keep_best(run, state))
+        rank0_decides(run.process, lambda: _keep_best(run, state))
     run.chosen_step = run.step
     return True
 
@@ -54,7 +54,7 @@ def _go_on(run: Run, phase: str) -> Callable[[], None]:
     def before_batch() -> None:
         if on_any_rank(bool(stop_reason())):
             raise AskedToStop
-        run.watch.at(run.step, phase, patient=True)
+        run.watch.beat(run.step, phase, slow=True)
 
     return before_batch
 
@@ -70,7 +70,7 @@ def score_best(run: Run) -> bool:
 
     False, and there are no results, where the run is asked to stop meanwhile.
     """
-    run.watch.at(run.step, "end", patient=True)
+    run.watch.beat(run.step, "end", slow=True)
     plan, process = run.plan, run.process
     run.optimizer.state.clear()  # room for a whole model
     tuned = on_all_ranks(process, lambda: load_tuned(run.folder / MODEL, process.device))
@@ -83,7 +83,7 @@ def score_best(run: Run) -> bool:
             found, encoded = predict(tuned, read.examples, run.config.eval.batch, process, _go_on(run, "end"))
         except AskedToStop:
             return False
-        run.watch.at(run.step, "end", patient=True)
+        run.watch.beat(run.step, "end", slow=True)
         if process.is_main:
             counts = {**read.counts, f"longer than {tuned.inputs.max_length} tokens": encoded.truncated}
             records.append(
@@ -92,7 +92,7 @@ def score_best(run: Run) -> bool:
             target = run.folder / "predictions" / split
             target.mkdir(parents=True, exist_ok=True)
             write_submission(plan.task, read.examples, found, target)
-            write_guesses(target / GUESSES_FILE, found)
+            write_predictions(target / GUESSES_FILE, found)
     if process.is_main:
         print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
         about = {"model": str(run.folder / MODEL), "from": run.config.model, "seed": run.seed, "chosen": run.best}

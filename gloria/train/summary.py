@@ -5,7 +5,7 @@ from __future__ import annotations
 from gloria.dist.gpus import ELEMENT_BYTES, gpus_here, precision_on
 from gloria.errors import UserError
 from gloria.optim import schedules
-from gloria.train.config import PretrainConfig, RunPlan, located, peak_of_step
+from gloria.train.config import PretrainConfig, RunPlan, peak_of_step, with_location
 from gloria.train.metrics import short_number
 
 
@@ -15,7 +15,7 @@ def precision_here(config: PretrainConfig) -> tuple[str, str]:
     try:
         return precision_on(config.train.precision, found and found[1])
     except UserError as error:
-        raise located(config, error) from None
+        raise with_location(config, error) from None
 
 
 def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) -> str:

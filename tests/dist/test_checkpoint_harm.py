@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gloria.dist.checkpoint import begin_save, publish
-from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_full_tensors, strangers, verify
+from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_full_tensors, unknown_files, verify
 from gloria.dist.manifest import checkpoint_path, manifest_bytes, read_manifest
 from gloria.dist.state import Shard
 from gloria.errors import UserError
@@ -172,7 +172,7 @@ def test_strangers_are_left_alone_and_named(run_dir: Path):
     (path / "notes.pkl").write_bytes(pickle.dumps({"harmless": True}))
     (path / "out").symlink_to("/etc")
     assert verify(path) == []
-    assert strangers(path) == ["notes.pkl", "out"]
+    assert unknown_files(path) == ["notes.pkl", "out"]
 
 
 # --- hostile content under a manifest that agrees with it

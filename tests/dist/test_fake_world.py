@@ -12,7 +12,7 @@ from gloria.dist.process import Process
 from gloria.dist.sharding import build_mesh, shard_model
 from gloria.dist.state import model_state_dict
 from gloria.model.memory import memory_per_rank
-from gloria.model.config import PRESETS, ModelShape, parameter_shapes
+from gloria.model.config import PRESETS, TransformerConfig, parameter_shapes
 from gloria.optim.config import OptimConfig
 from gloria.optim.optimizers import build_optimizer
 from tests.world import run_world
@@ -20,7 +20,7 @@ from tests.world import run_world
 WORLD = 1024
 
 
-def build_as(_rank: int, _world: int, rank: int, replicas: int, shape: ModelShape) -> dict[str, tuple]:
+def build_as(_rank: int, _world: int, rank: int, replicas: int, shape: TransformerConfig) -> dict[str, tuple]:
     """This rank's (rows, first row, whole shape) of every parameter of the sharded model, by name."""
     dist.destroy_process_group()  # the real one, of this process alone
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)

@@ -44,7 +44,7 @@ def node(monkeypatch):
 )
 def test_what_leads_nowhere_is_replaced_and_said(node, capsys, addresses, own, way, lines, reasons):
     node(addresses, own, way)
-    interface.tell_choices("gpu02")
+    interface.report_choices("gpu02")
     printed = capsys.readouterr()
     assert printed.out.splitlines() == lines
     ends = "leads to gpu02 (GLORIA_INTERFACE names another)"
@@ -55,14 +55,14 @@ def test_what_the_user_has_set_stays(node, capsys, monkeypatch):
     node(ETH | BRIDGE, "127.0.1.1", "eth0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
-    interface.tell_choices("gpu02")
+    interface.report_choices("gpu02")
     assert capsys.readouterr().out == ""
 
 
 def test_one_rank_a_node_says_why(node, capsys, monkeypatch):
     node(ETH, "127.0.1.1", "eth0")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    interface.tell_choices("gpu02")
+    interface.report_choices("gpu02")
     assert tuple(capsys.readouterr()) == ("GLOO_SOCKET_IFNAME=eth0\n", "")
 
 

@@ -22,7 +22,7 @@ from gloria.dist.sharding import (
     shard_model,
     update,
 )
-from gloria.dist.step_sums import Flags, StepSums, judge, new_running_norm, overflowed, pack_sums, unpack_sums
+from gloria.dist.step_sums import Flags, StepSums, decide_update, new_running_norm, overflowed, pack_sums, unpack_sums
 from gloria.errors import UserError
 from gloria.model.transformer import initial_value
 from gloria.optim.config import OptimConfig
@@ -58,7 +58,7 @@ def judged(grad_square: float, loss: float, scale: torch.Tensor | None) -> tuple
     sums = pack_sums(
         torch.tensor(grad_square, dtype=torch.float64), torch.tensor([loss, 1.0]), torch.tensor([0, 1]), 2, Flags()
     )
-    norm, good = judge(sums, 2, loss_scale=scale)
+    norm, good = decide_update(sums, 2, loss_scale=scale)
     read = unpack_sums(sums, 2)
     assert (bool(good), bool(overflowed(sums))) == (read.applied, read.overflow)
     return norm.item(), read
@@ -88,7 +88,7 @@ def test_spikes_are_judged_by_unscaled_norms_and_overflows_leave_no_trace_in_the
         for scale, norm in zip(scales, norms):
             grad_square = torch.tensor((norm * scale) ** 2, dtype=torch.float64)
             sums = pack_sums(grad_square, torch.ones(1), torch.tensor([0]), 1, Flags())
-            judge(sums, 1, running, 4.0, torch.tensor([scale, 0.0]))
+            decide_update(sums, 1, running, 4.0, torch.tensor([scale, 0.0]))
             spikes.append(unpack_sums(sums, 1).spike)
         return spikes, running.tolist()
 

@@ -14,7 +14,7 @@ from gloria.dist.checkpoint_read import (
     verify,
 )
 from gloria.dist.manifest import checkpoint_path, saved_steps
-from gloria.dist.retention import check_free_space, prune, remove_strays, set_aside_newer
+from gloria.dist.retention import check_free_space, prune, remove_incomplete, set_aside_newer
 from gloria.errors import UserError
 from tests.dist.toys import (
     WHOLE,
@@ -72,7 +72,7 @@ def test_litter_of_dead_launches_is_swept_with_a_line(tmp_path: Path):
     checkpoint_path(tmp_path, 1).rename(folder / "step-00000001.replaced-dead")
     (folder / "step-00000001.aside-old").mkdir()
     (folder / "notes.tmp-mine").mkdir()
-    assert remove_strays(tmp_path) == [
+    assert remove_incomplete(tmp_path) == [
         f"{folder}/step-00000001: put back; a launch ended while it was being replaced",
         f"{folder}/step-00000002.tmp-dead: removed; a launch ended while it was being written or deleted",
     ]
@@ -83,7 +83,7 @@ def test_litter_of_dead_launches_is_swept_with_a_line(tmp_path: Path):
         "step-00000001.aside-old",
     ]
     assert find_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
-    assert remove_strays(tmp_path) == []
+    assert remove_incomplete(tmp_path) == []
 
 
 def test_going_back_sets_the_newer_ones_aside(tmp_path: Path):

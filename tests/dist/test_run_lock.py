@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gloria.dist import run_lock as status
-from gloria.dist.run_lock import Claim, claim_run, read_status, release_run, write_status
+from gloria.dist.run_lock import RunLock, lock_run, read_status, release_run, write_status
 from gloria.errors import UserError
 from tests.world import WorldError, run_world
 
@@ -21,7 +21,7 @@ QUICK = {"beat_seconds": 0.05, "stale_seconds": 0.6}
 @pytest.fixture
 def claims():
     """Claims made in a test, released at its end."""
-    made: list[Claim] = []
+    made: list[RunLock] = []
     yield made
     for claim in made:
         release_run(claim)
@@ -44,7 +44,7 @@ def wait_until(condition) -> None:
 
 
 def test_a_run_tells_how_it_stands_and_lets_go_of_the_lock(tmp_path: Path):
-    claim = claim_run(tmp_path / "run", "first")
+    claim = lock_run(tmp_path / "run", "first")
     write_status(claim, "running", 7)
     seen = read_status(tmp_path / "run")
     assert (seen.status, seen.step, seen.launch, seen.alive) == ("running", 7, "first", True)
@@ -57,9 +57,9 @@ def test_a_run_tells_how_it_stands_and_lets_go_of_the_lock(tmp_path: Path):
 
 
 def test_a_second_launch_on_a_live_run_is_refused_in_one_line(tmp_path: Path, claims):
-    claims.append(claim_run(tmp_path, "first"))
+    claims.append(lock_run(tmp_path, "first"))
     with pytest.raises(UserError) as error:
-        claim_run(tmp_path, "second")
+        lock_run(tmp_path, "second")
     assert str(error.value) == (
         f"{tmp_path}: launch first is running there (process {os.getpid()}, {os.uname().nodename}); "
         "wait for its end, or give this run another run.dir"
@@ -67,7 +67,7 @@ def test_a_second_launch_on_a_live_run_is_refused_in_one_line(tmp_path: Path, cl
 
 
 def die_holding(rank: int, world: int, run_dir: Path) -> None:
-    claim = claim_run(run_dir, "dead")
+    claim = lock_run(run_dir, "dead")
     write_status(claim, "running", 3)
     os._exit(9)
 
@@ -79,7 +79,7 @@ def test_a_launch_that_died_on_this_machine_is_taken_over_at_once(tmp_path: Path
     assert not read_status(tmp_path).alive
     capsys.readouterr()
     start = time.monotonic()
-    claims.append(claim_run(tmp_path, "next"))
+    claims.append(lock_run(tmp_path, "next"))
     assert time.monotonic() - start < 5
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}: launch dead on {os.uname().nodename} died without a word; its run is taken over\n"
@@ -90,12 +90,12 @@ def test_a_launch_that_died_on_this_machine_is_taken_over_at_once(tmp_path: Path
 
 def test_a_process_id_given_to_somebody_else_is_no_life(tmp_path: Path, claims):
     forge_lock(tmp_path, pid=os.getpid(), started="1")
-    claims.append(claim_run(tmp_path, "next"))
+    claims.append(lock_run(tmp_path, "next"))
 
 
 def test_another_machines_lock_without_a_heartbeat_is_taken_over(tmp_path: Path, claims, capsys):
     forge_lock(tmp_path, machine="node7", host="node7", age=100)
-    claims.append(claim_run(tmp_path, "next"))
+    claims.append(lock_run(tmp_path, "next"))
     seen = capsys.readouterr()
     assert seen.out == ""
     assert seen.err == f"warning: {tmp_path}: launch other on node7 died without a word; its run is taken over\n"
@@ -104,23 +104,23 @@ def test_another_machines_lock_without_a_heartbeat_is_taken_over(tmp_path: Path,
 def test_another_machines_fresh_lock_is_watched_until_it_is_stale(tmp_path: Path, claims, capsys):
     forge_lock(tmp_path, machine="node7", host="node7")
     start = time.monotonic()
-    claims.append(claim_run(tmp_path, "next", **QUICK))
+    claims.append(lock_run(tmp_path, "next", **QUICK))
     assert 0.4 < time.monotonic() - start < 10
     assert capsys.readouterr().out == (f"{tmp_path}: held by launch other on node7; waiting for its heartbeat\n")
 
 
 def test_another_machines_lock_that_beats_is_live(tmp_path: Path, claims, monkeypatch):
-    claims.append(claim_run(tmp_path, "first", beat_seconds=0.1))
+    claims.append(lock_run(tmp_path, "first", beat_seconds=0.1))
     monkeypatch.setattr(status, "_machine", lambda: "node8")  # as the second launch sees it
     with pytest.raises(UserError, match="launch first is running there"):
-        claim_run(tmp_path, "second", stale_seconds=5)
+        lock_run(tmp_path, "second", stale_seconds=5)
 
 
 def test_a_lock_that_cannot_be_read_is_judged_by_its_age(tmp_path: Path, claims):
     lock = tmp_path / "lock"
     lock.write_text("half a li")
     os.utime(lock, (1, 1))
-    claims.append(claim_run(tmp_path, "next"))
+    claims.append(lock_run(tmp_path, "next"))
 
 
 def claim_at_once(rank: int, world: int, run_dir: Path, rounds: int) -> list[bool]:
@@ -131,7 +131,7 @@ def claim_at_once(rank: int, world: int, run_dir: Path, rounds: int) -> list[boo
         folder = run_dir / str(number)
         dist.barrier()
         try:
-            claim_run(folder, f"launch-{rank}")
+            lock_run(folder, f"launch-{rank}")
             won.append(True)
         except UserError:
             won.append(False)
@@ -151,7 +151,7 @@ def test_of_launches_at_once_one_wins(tmp_path: Path, dead: bool):
 
 
 def test_a_launch_that_lost_its_run_knows_and_writes_nothing_more(tmp_path: Path, capsys):
-    claim = claim_run(tmp_path, "asleep", beat_seconds=0.05)
+    claim = lock_run(tmp_path, "asleep", beat_seconds=0.05)
     write_status(claim, "running", 1)
     forge_lock(tmp_path)
     wait_until(lambda: claim.lost)
@@ -165,7 +165,7 @@ def test_a_launch_that_lost_its_run_knows_and_writes_nothing_more(tmp_path: Path
 
 
 def test_the_heartbeat_goes_on_while_a_step_takes_long(tmp_path: Path, claims):
-    claims.append(claim_run(tmp_path, "slow", beat_seconds=0.05))
+    claims.append(lock_run(tmp_path, "slow", beat_seconds=0.05))
     write_status(claims[0], "running", 1)
     before = (tmp_path / "lock").stat().st_mtime_ns, read_status(tmp_path).heartbeat
     claims[0].step = 2
@@ -176,7 +176,7 @@ def test_the_heartbeat_goes_on_while_a_step_takes_long(tmp_path: Path, claims):
 
 def test_a_disk_away_for_a_while_does_not_end_the_heartbeat(tmp_path: Path, claims, monkeypatch, capsys):
     write = status.write_whole
-    claims.append(claim_run(tmp_path, "first", beat_seconds=0.05))
+    claims.append(lock_run(tmp_path, "first", beat_seconds=0.05))
     failed = []
 
     def fail(*_, **__):

@@ -19,10 +19,10 @@ from gloria.dist.sharding import (
     shard_model,
     update,
 )
-from gloria.dist.step_sums import SPIKE_WINDOW, Flags, judge, new_running_norm, pack_sums, unpack_sums
+from gloria.dist.step_sums import SPIKE_WINDOW, Flags, decide_update, new_running_norm, pack_sums, unpack_sums
 from gloria.errors import UserError
 from gloria.model.transformer import Transformer, initial_value
-from gloria.model.config import ModelShape
+from gloria.model.config import TransformerConfig
 from gloria.optim.config import OptimConfig
 from gloria.optim.optimizers import build_optimizer
 from tests.world import run_world
@@ -30,8 +30,8 @@ from tests.world import run_world
 ROWS, LENGTH, SEED = 4, 40, 3
 
 
-def tiny_shape(vocab_size: int, architecture: str = "gpt-neo") -> ModelShape:
-    return ModelShape(
+def tiny_shape(vocab_size: int, architecture: str = "gpt-neo") -> TransformerConfig:
+    return TransformerConfig(
         architecture=architecture,
         num_layers=2,
         hidden_size=32,
@@ -170,17 +170,17 @@ def test_a_loss_or_gradient_that_is_not_finite_is_seen_by_every_rank():
     sources = torch.tensor([0, 1])
     flags = Flags(stop=True, save_failed=True)
     good = pack_sums(torch.tensor(4.0, dtype=torch.float64), torch.tensor([1.0, 2.0]), sources, 2, flags)
-    norm, finite = judge(good, 2)
+    norm, finite = decide_update(good, 2)
     assert (norm.item(), finite.item()) == (2.0, True)
     read = unpack_sums(good, 2)
     assert (read.source_loss.tolist(), read.source_rows.tolist()) == ([1.0, 2.0], [1, 1])
-    assert (read.stop_wishes, read.saves_done, read.saves_failed, read.claims_lost) == (1, 0, 1, 0)
+    assert (read.stop_requests, read.saves_done, read.saves_failed, read.locks_lost) == (1, 0, 1, 0)
     assert (read.finite, read.spike, read.applied) == (True, False, True)
     for grad_square, losses in ((float("inf"), [1.0, 2.0]), (4.0, [1.0, float("nan")])):
         bad = good + pack_sums(
             torch.tensor(grad_square, dtype=torch.float64), torch.tensor(losses), sources, 2, Flags()
         )
-        assert not judge(bad, 2)[1]
+        assert not decide_update(bad, 2)[1]
         read = unpack_sums(bad, 2)
         assert (read.finite, read.spike, read.applied) == (False, False, False)
 
@@ -192,12 +192,12 @@ def test_spikes_are_judged_by_a_running_norm_that_leaves_them_out():
 
     def verdict(norm: float) -> tuple[bool, bool]:
         sums = pack_sums(torch.tensor(norm**2), torch.ones(1), torch.tensor([0]), 1, Flags())
-        good = bool(judge(sums, 1, running, deviations=4.0)[1])
+        good = bool(decide_update(sums, 1, running, deviations=4.0)[1])
         read = unpack_sums(sums, 1)
         assert read.applied == good
         return read.finite, read.spike
 
-    assert {verdict(norm) for norm in norms} == {(True, False)}  # too few to judge by
+    assert {verdict(norm) for norm in norms} == {(True, False)}  # too few to decide_update by
     assert running.tolist() == pytest.approx([SPIKE_WINDOW, norms.mean(), norms.var()])
     before, limit = running.clone(), norms.mean() + 4 * norms.std()
     assert verdict(limit * 1.001) == (True, True)

@@ -20,10 +20,10 @@ from gloria.data.loader import Batch
 from gloria.dist.checkpoint import begin_save, finish
 from gloria.dist.checkpoint_read import read_full_tensors, read_trainer
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.run_lock import claim_run, release_run
+from gloria.dist.run_lock import lock_run, release_run
 from gloria.dist.state import training_state
 from gloria.errors import run_command
-from gloria.train.pretrain_run import Queued, Run
+from gloria.train.pretrain_run import PendingStep, Run
 from tests import launch
 from tests.launch import SMALL, flags, losses
 
@@ -47,7 +47,7 @@ def observe(folder: Path, replace: Callable[[Any, str, Any], None] = setattr) ->
     """From here on a run in this process leaves in `folder` what it starts from, and the samples of each step."""
     take_step, open_run = gloria.pretrain.take_step, gloria.pretrain.open_run
 
-    def taking_step(run: Run, batch: Batch) -> Queued:
+    def taking_step(run: Run, batch: Batch) -> PendingStep:
         columns = (batch.rows, batch.source, batch.epoch, batch.window)
         line = [batch.step, run.process.rank, *(column.tolist() for column in columns)]
         with open(folder / f"samples-{run.process.rank}.jsonl", "a") as file:
@@ -264,7 +264,7 @@ def test_going_back_sets_aside_what_came_after_and_says_so(recipe, go, capsys):
 
 def test_a_live_run_is_left_alone_and_a_full_disk_is_told_before_the_first_step(recipe, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
-    claim = claim_run(run_dir, "other")
+    claim = lock_run(run_dir, "other")
     assert run_command(gloria.pretrain.main, flags(recipe, run__dir=run_dir)) == 2
     release_run(claim)
     assert capsys.readouterr().err.splitlines() == [

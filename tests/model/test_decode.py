@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gloria.model.config import ModelShape
-from gloria.model.decode import ForeignRows, begin
+from gloria.model.config import TransformerConfig
+from gloria.model.decode import ForeignCache, begin
 from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT_NEO, SHAPES, random_ids, uneven_model
 
@@ -23,7 +23,7 @@ families = pytest.mark.parametrize(
 )
 
 
-def prompts_of(shape: ModelShape, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+def prompts_of(shape: TransformerConfig, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [random_ids(shape, 1, length, seed=length)[0].tolist() for length in lengths]
 
 
@@ -49,7 +49,7 @@ def stated(model: Transformer, prompt: list[int], steps: int) -> tuple[list[int]
 
 
 @families
-def test_tokens_and_logits_are_those_of_reading_everything_again(shape: ModelShape) -> None:
+def test_tokens_and_logits_are_those_of_reading_everything_again(shape: TransformerConfig) -> None:
     model, prompts = uneven_model(shape).eval(), prompts_of(shape)
     tokens, logits = decode(model, prompts, 14)
     for number, prompt in enumerate(prompts):
@@ -62,7 +62,7 @@ def test_tokens_and_logits_are_those_of_reading_everything_again(shape: ModelSha
 
 
 @families
-def test_the_last_position_can_be_reached(shape: ModelShape) -> None:
+def test_the_last_position_can_be_reached(shape: TransformerConfig) -> None:
     model = uneven_model(shape).eval()
     prompts = prompts_of(shape, (shape.max_positions - 3, 5))
     tokens, _ = decode(model, prompts, 4)
@@ -71,7 +71,7 @@ def test_the_last_position_can_be_reached(shape: ModelShape) -> None:
 
 @families
 @torch.no_grad()
-def test_rows_leave_change_places_and_are_doubled(shape: ModelShape) -> None:
+def test_rows_leave_change_places_and_are_doubled(shape: TransformerConfig) -> None:
     model, prompts = uneven_model(shape).eval(), prompts_of(shape)
     rows, _ = begin(model, prompts, 8, CPU)
     chosen = [5, 2, 2, 0]
@@ -87,7 +87,7 @@ def test_rows_leave_change_places_and_are_doubled(shape: ModelShape) -> None:
 
 @families
 @torch.no_grad()
-def test_looking_ahead_leaves_the_rows_as_they_are(shape: ModelShape) -> None:
+def test_looking_ahead_leaves_the_rows_as_they_are(shape: TransformerConfig) -> None:
     model, prompts = uneven_model(shape).eval(), prompts_of(shape)
     rows, _ = begin(model, prompts, 12, CPU)
     for seed, length in ((1, 12), (2, 3), (3, 10)):
@@ -108,7 +108,7 @@ def test_a_foreign_model_that_keeps_nothing_reads_its_rows_again() -> None:
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=131, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
     prompts = prompts_of(GPT_NEO, (3, 9, 1))
     rows, logits = begin(model, prompts, 4, CPU)
-    assert isinstance(rows, ForeignRows)
+    assert isinstance(rows, ForeignCache)
     ids = [list(prompt) for prompt in prompts]
     for _ in range(4):
         wanted = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in ids])

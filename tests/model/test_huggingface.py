@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gloria.errors import UserError
-from gloria.model.config import ModelShape
+from gloria.model.config import TransformerConfig
 from gloria.model.huggingface import read_shape, read_tensors, write_folder
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, make_tokenizer, uneven_model
 
@@ -27,7 +27,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(folder: Path, shape: ModelShape, tokenizer_folder: Path, **options: object) -> dict[str, Tensor]:
+def write(folder: Path, shape: TransformerConfig, tokenizer_folder: Path, **options: object) -> dict[str, Tensor]:
     """Write a model of `shape`, whose vocabulary is made to fit, and give its parameters."""
     shape = replace(shape, vocab_size=600)
     parameters = dict(uneven_model(shape).state_dict())

@@ -13,8 +13,8 @@ import pytest
 from gloria.errors import UserError
 from gloria.model.config import (
     PRESETS,
-    ModelConfig,
-    ModelShape,
+    ModelSection,
+    TransformerConfig,
     count_parameters,
     flops_per_token,
     read_shape,
@@ -22,7 +22,7 @@ from gloria.model.config import (
 )
 
 
-def problems_of(config: ModelConfig, *, vocab_size: int = 2048, sequence_length: int = 128) -> list[str]:
+def problems_of(config: ModelSection, *, vocab_size: int = 2048, sequence_length: int = 128) -> list[str]:
     with pytest.raises(UserError) as caught:
         resolve_shape(config, vocab_size=vocab_size, sequence_length=sequence_length)
     return list(caught.value.problems)
@@ -74,41 +74,41 @@ def test_flops_count_local_layers_by_their_window() -> None:
 
 
 def test_overrides_and_the_tokenizers_vocabulary_reach_the_shape() -> None:
-    config = ModelConfig(preset="gpt-neo-125m", num_layers=3, hidden_size=96, num_heads=6, dropout=0.1)
+    config = ModelSection(preset="gpt-neo-125m", num_layers=3, hidden_size=96, num_heads=6, dropout=0.1)
     shape = resolve_shape(config, vocab_size=300, sequence_length=512)
     assert shape.attention_layers == ("global", "local", "global")
     assert (shape.intermediate_size, shape.head_dim, shape.vocab_size) == (384, 16, 300)
     assert (shape.padded_vocab, shape.dropout, shape.attention_scale) == (384, 0.1, 1.0)
-    roomy = resolve_shape(ModelConfig(preset="gpt2-124m", vocab_size=256), vocab_size=200, sequence_length=1024)
+    roomy = resolve_shape(ModelSection(preset="gpt2-124m", vocab_size=256), vocab_size=200, sequence_length=1024)
     assert (roomy.vocab_size, roomy.padded_vocab, roomy.attention_scale) == (256, 256, None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_shape_survives_json(preset: str) -> None:
     shape = PRESETS[preset]
-    assert ModelShape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+    assert TransformerConfig.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
 
 
 @pytest.mark.parametrize(
     ("config", "lines"),
     [
         (
-            ModelConfig(),
+            ModelSection(),
             [
                 "model: neither preset nor from is given; set model.preset to a shape (gpt-neo-125m) or "
                 "model.from to a Hugging Face folder"
             ],
         ),
         (
-            ModelConfig(preset="demo", from_="m"),
+            ModelSection(preset="demo", from_="m"),
             ['model: preset "demo" and from "m" are both given; keep one'],
         ),
         (
-            ModelConfig(preset="gpt-neo-1.3"),
+            ModelSection(preset="gpt-neo-1.3"),
             ['model.preset: unknown preset "gpt-neo-1.3"; did you mean "gpt-neo-1.3b"?'],
         ),
         (
-            ModelConfig(preset="demo", num_heads=5, vocab_size=2000, max_positions=100),
+            ModelSection(preset="demo", num_heads=5, vocab_size=2000, max_positions=100),
             [
                 "model.num_heads: 5 does not divide hidden_size 128; choose a divisor",
                 "model.vocab_size: 2000 is smaller than the tokenizer's 2048; leave it out or raise it",
@@ -117,22 +117,22 @@ def test_a_shape_survives_json(preset: str) -> None:
             ],
         ),
         (
-            ModelConfig(preset="gpt2-124m", window_size=64),
+            ModelSection(preset="gpt2-124m", window_size=64),
             ["model.window_size: 64 is given, but gpt2-124m has no local layers; leave it out"],
         ),
         (
-            ModelConfig(from_="missing"),
+            ModelSection(from_="missing"),
             ["missing: no such folder; give a Hugging Face folder on disk (download the model first)"],
         ),
     ],
 )
-def test_contradictions_of_a_recipe(config: ModelConfig, lines: list[str]) -> None:
+def test_contradictions_of_a_recipe(config: ModelSection, lines: list[str]) -> None:
     assert problems_of(config) == lines
 
 
 def test_contradictions_with_a_folder(tmp_path: Path) -> None:
     folder = write_small(tmp_path / "m")
-    assert problems_of(ModelConfig(from_=folder, num_layers=3), vocab_size=301, sequence_length=65) == [
+    assert problems_of(ModelSection(from_=folder, num_layers=3), vocab_size=301, sequence_length=65) == [
         f"model.num_layers: 3 contradicts the 2 of {folder}; leave it out",
         f"model.from: the vocabulary of {folder} (300) is smaller than the tokenizer's (301); prepare the corpus "
         "with that folder's tokenizer",
@@ -142,7 +142,7 @@ def test_contradictions_with_a_folder(tmp_path: Path) -> None:
 
 def test_a_folders_larger_vocabulary_is_kept_and_its_dropout_is_not(tmp_path: Path) -> None:
     folder = write_small(tmp_path / "m", resid_dropout=0.5)
-    config = ModelConfig(from_=folder, num_layers=2)  # the same value is no contradiction
+    config = ModelSection(from_=folder, num_layers=2)  # the same value is no contradiction
     shape = resolve_shape(config, vocab_size=200, sequence_length=64)
     assert (shape.vocab_size, shape.dropout, shape.intermediate_size) == (300, 0.0, 128)
     assert shape.attention_layers == ("global", "local")

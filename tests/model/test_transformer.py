@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gloria.model.config import PRESETS, ModelShape, count_parameters, parameter_shapes
+from gloria.model.config import PRESETS, TransformerConfig, count_parameters, parameter_shapes
 from gloria.model.transformer import Transformer, initial_value
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, build_model, gradients, random_ids, uneven_model
 
@@ -65,7 +65,7 @@ def test_the_counted_parameters_are_those_of_the_model(preset: str) -> None:
 
 
 @families
-def test_loss_is_the_cross_entropy_of_the_logits(shape: ModelShape) -> None:
+def test_loss_is_the_cross_entropy_of_the_logits(shape: TransformerConfig) -> None:
     model = uneven_model(shape)
     ids, labels = random_ids(shape, 3, 20), random_ids(shape, 3, 20, seed=1)
     labels[0, 5:] = -100
@@ -80,7 +80,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(shape: ModelShape) -> None:
 
 
 @families
-def test_a_token_sees_nothing_that_comes_after_it(shape: ModelShape) -> None:
+def test_a_token_sees_nothing_that_comes_after_it(shape: TransformerConfig) -> None:
     model = uneven_model(shape)
     ids = random_ids(shape, 1, 40)
     changed = ids.clone()
@@ -91,7 +91,7 @@ def test_a_token_sees_nothing_that_comes_after_it(shape: ModelShape) -> None:
 
 
 @families
-def test_documents_do_not_see_each_other(shape: ModelShape) -> None:
+def test_documents_do_not_see_each_other(shape: TransformerConfig) -> None:
     model = uneven_model(shape)
     ids = random_ids(shape, 1, 40)
     documents = (torch.arange(40) >= 17).long()[None]
@@ -104,7 +104,7 @@ def test_documents_do_not_see_each_other(shape: ModelShape) -> None:
 
 
 @families
-def test_rows_padded_on_the_left_have_the_hidden_states_of_the_rows_alone(shape: ModelShape) -> None:
+def test_rows_padded_on_the_left_have_the_hidden_states_of_the_rows_alone(shape: TransformerConfig) -> None:
     model = uneven_model(shape)
     lengths = (40, 1, 7, 8, 9, 31)  # on both sides of the window of 8 and its multiples
     rows = [random_ids(shape, 1, length, seed=length) for length in lengths]
@@ -118,7 +118,7 @@ def test_rows_padded_on_the_left_have_the_hidden_states_of_the_rows_alone(shape:
 
 
 @families
-def test_rows_that_pad_the_vocabulary_learn_nothing(shape: ModelShape) -> None:
+def test_rows_that_pad_the_vocabulary_learn_nothing(shape: TransformerConfig) -> None:
     embedding = train_gradients(uneven_model(shape))["transformer.wte.weight"]
     assert embedding[: shape.vocab_size].abs().amax(dim=1).min() > 0
     assert not embedding[shape.vocab_size :].any()
@@ -126,7 +126,7 @@ def test_rows_that_pad_the_vocabulary_learn_nothing(shape: ModelShape) -> None:
 
 @families
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_changes_no_gradient(shape: ModelShape, dropout: float) -> None:
+def test_activation_checkpointing_changes_no_gradient(shape: TransformerConfig, dropout: float) -> None:
     shape = replace(shape, dropout=dropout)
     wanted = train_gradients(build_model(shape))
     for kind in ("full", "selective"):

@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 
 from gloria.tasks import statistics
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.examples import Pair, PairGuess, Span, SpanGuess
+from gloria.tasks.examples import Pair, PairPrediction, Span, SpanPrediction
 from gloria.tasks.metrics import measures, score
 
 SETS = 200
@@ -38,7 +38,7 @@ def random_pairs(draws: np.random.RandomState, labels: tuple[str, ...], low: flo
     ]
     noise = draws.choice([0.1, 1, 5])
     return gold, {
-        p.id: PairGuess(
+        p.id: PairPrediction(
             str(draws.choice(labels)) if labels else None, round(p.score + noise * draws.normal(), draws.randint(0, 4))
         )
         for p in gold
@@ -169,7 +169,7 @@ def test_spans(name: str) -> None:
             answers = () if impossible else tuple((text(), 0) for _ in range(draws.randint(1, 4)))
             spans.append(Span(str(number), "q", "c", answers, impossible))
             guess = answers[0][0] if answers and draws.rand() < 0.4 else text()
-            guesses[str(number)] = SpanGuess(guess, round(draws.normal(), 1) if version2 else -np.inf)
+            guesses[str(number)] = SpanPrediction(guess, round(draws.normal(), 1) if version2 else -np.inf)
 
         def of(said: dict[str, str], spans: list[Span] = spans) -> tuple[dict, dict]:
             exact, f1 = {}, {}

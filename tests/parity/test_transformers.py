@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
-from gloria.model.config import PRESETS, ModelShape, count_parameters
+from gloria.model.config import PRESETS, TransformerConfig, count_parameters
 from gloria.model.huggingface import read_shape, read_tensors, write_folder
 from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, gradients, make_tokenizer, random_ids, uneven_model
@@ -27,14 +27,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Transf
     make_tokenizer(root / "tokenizer")
     models = {}
     for family, shape in SHAPES.items():
-        shape = ModelShape.from_dict({**shape.to_dict(), "vocab_size": 600})
+        shape = TransformerConfig.from_dict({**shape.to_dict(), "vocab_size": 600})
         model = uneven_model(shape)
         write_folder(root / family, shape, model.state_dict().items(), root / "tokenizer", "float32")
         models[family] = (model, root / family)
     return models
 
 
-def transformers_config(shape: ModelShape) -> transformers.PreTrainedConfig:
+def transformers_config(shape: TransformerConfig) -> transformers.PreTrainedConfig:
     """The same shape in transformers' own words, not ours."""
     common = {"vocab_size": shape.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     if shape.architecture == "gpt2":
@@ -58,7 +58,7 @@ def transformers_config(shape: ModelShape) -> transformers.PreTrainedConfig:
     )
 
 
-def theirs_from_scratch(shape: ModelShape) -> transformers.PreTrainedModel:
+def theirs_from_scratch(shape: TransformerConfig) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers_config(shape)).eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_our_folder_gives_transformers_the_same_logits(exported: dict, family: s
 
 
 @families
-def test_their_folder_gives_us_the_same_logits_and_gradients(shape: ModelShape, tmp_path: Path) -> None:
+def test_their_folder_gives_us_the_same_logits_and_gradients(shape: TransformerConfig, tmp_path: Path) -> None:
     theirs = theirs_from_scratch(shape)
     theirs.save_pretrained(tmp_path)
     ours = ours_from_folder(tmp_path)
@@ -140,7 +140,7 @@ def test_an_exported_folder_keeps_its_tie_and_special_tokens(exported: dict, fam
 
 def test_a_half_precision_folder_in_several_files_is_loaded(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer")
-    shape = ModelShape.from_dict({**GPT_NEO.to_dict(), "vocab_size": 512})
+    shape = TransformerConfig.from_dict({**GPT_NEO.to_dict(), "vocab_size": 512})
     model = uneven_model(shape)
     write_folder(
         tmp_path / "out",

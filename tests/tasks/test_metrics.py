@@ -10,7 +10,16 @@ import pytest
 
 from gloria.errors import UserError
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.examples import Choice, ChoiceGuess, LastWord, Pair, PairGuess, Span, SpanGuess, WordGuess
+from gloria.tasks.examples import (
+    Choice,
+    ChoicePrediction,
+    LastWord,
+    Pair,
+    PairPrediction,
+    Span,
+    SpanPrediction,
+    WordPrediction,
+)
 from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.metrics import ENGLISH, PORTUGUESE, normalise, score
 
@@ -23,27 +32,35 @@ def values(scores: dict) -> dict[str, float | None]:
 
 def test_missing_predictions_are_wrong_in_every_family() -> None:
     pair = [Pair("a", "x", "y", "1"), Pair("b", "x", "y", "0")]
-    scores = score(TASKS["mrpc"], pair, {"a": PairGuess("1")})
+    scores = score(TASKS["mrpc"], pair, {"a": PairPrediction("1")})
     assert values(scores) == pytest.approx({"accuracy": 0.5, "f1": 2 / 3})
     assert scores["f1"].reason == MISSING
     similar = [Pair("a", "x", "y", None, 4.0), Pair("b", "x", "y", None, 1.0)]
-    assert score(TASKS["assin2-similarity"], similar, {"a": PairGuess(None, 4.0)})["mse"].value == 0.5  # 0, as official
+    assert (
+        score(TASKS["assin2-similarity"], similar, {"a": PairPrediction(None, 4.0)})["mse"].value == 0.5
+    )  # 0, as official
     # From 0 to 5 a missing 0 might be right: the far end is as wrong as it gets.
     both = score(TASKS["stsb"], [Pair("a", "x", "y", None, 5.0), Pair("b", "x", "y", None, 0.0)], {})
     assert both["pearson"].value == pytest.approx(-1)
-    nan = score(TASKS["assin2-similarity"], similar, {"a": PairGuess(None, 4.0), "b": PairGuess(None, math.nan)})
+    nan = score(
+        TASKS["assin2-similarity"], similar, {"a": PairPrediction(None, 4.0), "b": PairPrediction(None, math.nan)}
+    )
     assert (nan["mse"].value, nan["mse"].reason) == (0.5, MISSING)
     spans = [Span("a", "q", "c", (("x", 0),)), Span("b", "q", "c", (), True)]
-    assert score(TASKS["squad2"], spans, {"a": SpanGuess("x")})["exact_match"].value == 0.5
+    assert score(TASKS["squad2"], spans, {"a": SpanPrediction("x")})["exact_match"].value == 0.5
     choices = [Choice("a", "q", ("x", "y"), 0), Choice("b", "q", ("x", "y"), 1)]
-    assert score(TASKS["exams"], choices, {"a": ChoiceGuess(0), "b": ChoiceGuess(None)})["accuracy"].value == 0.5
+    assert (
+        score(TASKS["exams"], choices, {"a": ChoicePrediction(0), "b": ChoicePrediction(None)})["accuracy"].value == 0.5
+    )
     words = [LastWord("a", "c", "fim"), LastWord("b", "c", "fim")]
-    assert values(score(TASKS["calame"], words, {"a": WordGuess("fim")}, rule="strict")) == {"exact_match:strict": 0.5}
+    assert values(score(TASKS["calame"], words, {"a": WordPrediction("fim")}, rule="strict")) == {
+        "exact_match:strict": 0.5
+    }
 
 
 def test_a_label_that_the_gold_file_does_not_have_is_wrong_and_no_class() -> None:
     gold = [Pair(str(i), "x", "y", label) for i, label in enumerate(["None", "None", "Entailment"])]
-    guesses = {"0": PairGuess("None"), "1": PairGuess("Paraphrase"), "2": PairGuess("Entailment")}
+    guesses = {"0": PairPrediction("None"), "1": PairPrediction("Paraphrase"), "2": PairPrediction("Entailment")}
     assert values(score(TASKS["assin1-entailment"], gold, guesses)) == pytest.approx(
         {"accuracy": 2 / 3, "macro_f1": (2 / 3 + 1) / 2}
     )
@@ -51,7 +68,11 @@ def test_a_label_that_the_gold_file_does_not_have_is_wrong_and_no_class() -> Non
 
 def test_predictions_of_other_examples_are_refused() -> None:
     with pytest.raises(UserError) as error:
-        score(TASKS["rte"], [Pair("1", "x", "y", "entailment")], {"1": PairGuess("entailment"), "2": PairGuess()})
+        score(
+            TASKS["rte"],
+            [Pair("1", "x", "y", "entailment")],
+            {"1": PairPrediction("entailment"), "2": PairPrediction()},
+        )
     assert str(error.value) == 'predictions: "2" is no example of rte; give those of the same split'
 
 
@@ -101,12 +122,12 @@ def test_an_empty_gold_word_is_never_right_and_has_no_perplexity() -> None:
     words = [LastWord("a", "c", ""), LastWord("b", "c", "fim")]
     for rule in RULES:
         assert (
-            score(TASKS["calame"], words, {"a": WordGuess(""), "b": WordGuess("fim")}, rule=rule)[
+            score(TASKS["calame"], words, {"a": WordPrediction(""), "b": WordPrediction("fim")}, rule=rule)[
                 f"exact_match:{rule}"
             ].value
             == 0.5
         )
-    likely = score(TASKS["calame"], words, {"b": WordGuess(None, -1.0, True)}, rule="log-likelihood")
+    likely = score(TASKS["calame"], words, {"b": WordPrediction(None, -1.0, True)}, rule="log-likelihood")
     assert values(likely) == pytest.approx({"accuracy:log-likelihood": 0.5, "perplexity:log-likelihood": math.e})
     assert likely["perplexity:log-likelihood"].n == 1
     lacking = score(TASKS["calame"], words, {}, rule="log-likelihood")["perplexity:log-likelihood"]
@@ -115,7 +136,7 @@ def test_an_empty_gold_word_is_never_right_and_has_no_perplexity() -> None:
 
 def test_questions_without_an_answer_are_not_scored_and_that_is_said() -> None:
     choices = [Choice("a", "q", ("x", "y"), 0), Choice("b", "q", (), None)]
-    found = score(TASKS["exams"], choices, {"a": ChoiceGuess(0)})["accuracy"]
+    found = score(TASKS["exams"], choices, {"a": ChoicePrediction(0)})["accuracy"]
     assert (found.value, found.n, found.reason) == (1.0, 1, "1 of 2 are not labelled and not scored")
 
 
@@ -133,10 +154,10 @@ def test_squad_2_splits_by_whether_there_is_an_answer() -> None:
         Span("made up", "q", "c", (), True),
     ]
     guesses = {
-        "yes": SpanGuess("rio", -2.0),
-        "lost": SpanGuess("rio", 0.5),  # no answer is better than the span: ""
-        "no": SpanGuess("mar", 1.0),
-        "made up": SpanGuess("mar", 0.0),  # not above 0
+        "yes": SpanPrediction("rio", -2.0),
+        "lost": SpanPrediction("rio", 0.5),  # no answer is better than the span: ""
+        "no": SpanPrediction("mar", 1.0),
+        "made up": SpanPrediction("mar", 0.0),  # not above 0
     }
     scores = score(TASKS["squad2"], spans, guesses)
     assert {name: value for name, value in values(scores).items() if not name.endswith("_pt")} == pytest.approx(
@@ -158,7 +179,7 @@ def test_squad_2_splits_by_whether_there_is_an_answer() -> None:
 
 def test_in_squad_1_an_empty_answer_overlaps_with_nothing() -> None:
     spans = [Span("0", "q", "c", (("a", 0),))]  # nothing is left of it
-    assert values(score(TASKS["squad1"], spans, {"0": SpanGuess("")}, resamples=0)) == {
+    assert values(score(TASKS["squad1"], spans, {"0": SpanPrediction("")}, resamples=0)) == {
         "exact_match": 1.0,
         "f1": 0.0,
         "exact_match_pt": 1.0,

@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import f1_score
 
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.examples import Choice, LastWord, Pair, PairGuess, Span, SpanGuess, WordGuess
+from gloria.tasks.examples import Choice, LastWord, Pair, PairPrediction, Span, SpanPrediction, WordPrediction
 from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.metrics import score
 from gloria.tasks.prompts import original_prompt, read_original
@@ -25,8 +25,11 @@ def pairs(labels: list[str | None], scores: list[float | None] | None = None) ->
     return [Pair(str(i), "a", "b", label, value) for i, (label, value) in enumerate(zip(labels, scores))]
 
 
-def said(values: list[str | float]) -> dict[str, PairGuess]:
-    return {str(i): PairGuess(v) if isinstance(v, str) else PairGuess(None, float(v)) for i, v in enumerate(values)}
+def said(values: list[str | float]) -> dict[str, PairPrediction]:
+    return {
+        str(i): PairPrediction(v) if isinstance(v, str) else PairPrediction(None, float(v))
+        for i, v in enumerate(values)
+    }
 
 
 def test_macro_f1_is_not_the_weighted_f1() -> None:
@@ -69,17 +72,17 @@ def test_every_task_has_a_score_for_every_metric_it_names() -> None:
         examples, guesses, rules = {
             "pair": (
                 [Pair(str(i), "a", "b", task.labels[i] if task.labels else None, 1.0 + i) for i in (0, 1)],
-                {str(i): PairGuess(task.labels[i] if task.labels else None, 1.0 + i) for i in (0, 1)},
+                {str(i): PairPrediction(task.labels[i] if task.labels else None, 1.0 + i) for i in (0, 1)},
                 [""],
             ),
             "span": (
                 [Span("0", "q", "O rio", answers), Span("1", "q", "O mar", (), True)],
-                {"0": SpanGuess("rio"), "1": SpanGuess("mar", 1.0)},
+                {"0": SpanPrediction("rio"), "1": SpanPrediction("mar", 1.0)},
                 [""],
             ),
             "last_word": (
                 [LastWord("0", "Era uma", "vez")],
-                {"0": WordGuess(" vez", -1.0, True)},
+                {"0": WordPrediction(" vez", -1.0, True)},
                 [*RULES, "log-likelihood"],
             ),
             "choice": ([Choice("0", "q", ("a", "b"), 1)], {}, [""]),
@@ -124,7 +127,9 @@ def test_a_set_without_labels_is_not_scored_and_no_error() -> None:
 def test_english_articles_are_not_all_that_is_reported() -> None:
     """The official normalisation eats the Portuguese "a" of "vitamina A" and keeps "os" of "os autores"."""
     examples = [Span("0", "q", "c", (("vitamina A", 0),)), Span("1", "q", "c", (("os autores", 0),))]
-    scores = score(TASKS["squad1"], examples, {"0": SpanGuess("vitamina"), "1": SpanGuess("autores")}, resamples=0)
+    scores = score(
+        TASKS["squad1"], examples, {"0": SpanPrediction("vitamina"), "1": SpanPrediction("autores")}, resamples=0
+    )
     assert {name: value.value for name, value in scores.items()} == pytest.approx(
         {"exact_match": 0.5, "f1": (1 + 2 / 3) / 2, "exact_match_pt": 1.0, "f1_pt": 1.0}
     )
@@ -140,13 +145,13 @@ def test_an_answer_ends_where_it_ends(tmp_path: Path) -> None:
 
 def test_an_answer_that_cannot_be_read_is_wrong_and_not_left_out() -> None:
     """The few-shot score was over the pairs whose answer the pattern found."""
-    assert read_original("\nSemelhança: 3.75\nConsequência: 1 \n\nPremissa:") == PairGuess("Entailment", 3.75)
-    assert read_original("\nSemelhança: quatro\nConsequência: 1") == PairGuess()
-    assert read_original("\nConsequência: 10") == PairGuess()
+    assert read_original("\nSemelhança: 3.75\nConsequência: 1 \n\nPremissa:") == PairPrediction("Entailment", 3.75)
+    assert read_original("\nSemelhança: quatro\nConsequência: 1") == PairPrediction()
+    assert read_original("\nConsequência: 10") == PairPrediction()
     gold = pairs(["Entailment"] * 4 + ["None"] * 4, [5.0, 4.0, 5.0, 4.0, 1.0, 2.0, 1.0, 2.0])
-    guesses = {pair.id: PairGuess(pair.label, pair.score) for pair in gold} | {
+    guesses = {pair.id: PairPrediction(pair.label, pair.score) for pair in gold} | {
         "0": read_original("não sei"),
-        "4": PairGuess(),
+        "4": PairPrediction(),
     }
     scores = score(TASKS["assin2"], gold, guesses, resamples=0)
     assert scores["accuracy"].value == 0.75
@@ -165,11 +170,11 @@ def test_the_original_prompt_is_word_for_word() -> None:
 
 def test_calame_is_scored_under_a_rule_with_a_name() -> None:
     """ "Exact match" folded accents and case, generated 5 tokens whatever was asked, and penalised repetition."""
-    gold, guesses = [LastWord("0", "O", "Árvores")], {"0": WordGuess(" arvores, e")}
+    gold, guesses = [LastWord("0", "O", "Árvores")], {"0": WordPrediction(" arvores, e")}
     values = {rule: score(TASKS["calame"], gold, guesses, rule=rule) for rule in RULES}
     assert {rule: list(scores) for rule, scores in values.items()} == {rule: [f"exact_match:{rule}"] for rule in RULES}
     assert [value.value for scores in values.values() for value in scores.values()] == [1.0, 1.0, 0.0]
     assert (RULES["paper"].max_new_tokens, RULES["paper"].repetition_penalty) == (5, 2.0)
     assert RULES["first-word"].repetition_penalty == RULES["strict"].repetition_penalty == 1.0
-    likely = score(TASKS["calame"], gold, {"0": WordGuess(None, math.log(0.25), True)}, rule="log-likelihood")
+    likely = score(TASKS["calame"], gold, {"0": WordPrediction(None, math.log(0.25), True)}, rule="log-likelihood")
     assert likely["perplexity:log-likelihood"].value == pytest.approx(4.0)

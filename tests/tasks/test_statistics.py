@@ -12,23 +12,24 @@ import pytest
 from scipy.stats import binomtest
 
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.examples import Choice, ChoiceGuess, Pair, PairGuess, Span, SpanGuess
+from gloria.tasks.examples import Choice, ChoicePrediction, Pair, PairPrediction, Span, SpanPrediction
 from gloria.tasks.metrics import compare, score
 
 
-def labelled(count: int, right: float, seed: int = 0) -> tuple[list[Pair], dict[str, PairGuess]]:
+def labelled(count: int, right: float, seed: int = 0) -> tuple[list[Pair], dict[str, PairPrediction]]:
     draws = np.random.RandomState(seed)
     examples = [Pair(str(i), "x", "y", "None" if i % 3 else "Entailment", 1.0 + i % 5) for i in range(count)]
     other = {"None": "Entailment", "Entailment": "None"}
     guesses = {
-        e.id: PairGuess(e.label if draws.rand() < right else other[e.label], e.score + draws.normal()) for e in examples
+        e.id: PairPrediction(e.label if draws.rand() < right else other[e.label], e.score + draws.normal())
+        for e in examples
     }
     return examples, guesses
 
 
 def test_an_accuracy_has_wilsons_interval() -> None:
     examples = [Pair(str(i), "x", "y", "entailment") for i in range(71)]
-    found = score(TASKS["rte"], examples, {str(i): PairGuess("entailment") for i in range(40)})["accuracy"]
+    found = score(TASKS["rte"], examples, {str(i): PairPrediction("entailment") for i in range(40)})["accuracy"]
     z, p, n = 1.959963984540054, 40 / 71, 71
     middle, half = (p + z * z / 2 / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
     low, high = ((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
@@ -60,7 +61,7 @@ def test_a_bootstrap_is_as_wide_as_theory_has_it() -> None:
 def test_examples_of_a_context_are_drawn_together() -> None:
     """Ten questions a context, all right or all wrong: the interval is of 40 contexts, not of 400 questions."""
     spans = [Span(str(i), "q", "c", (("x", 0),), group=f"context {i // 10}") for i in range(400)]
-    guesses = {span.id: SpanGuess("x" if int(span.id) // 10 % 2 else "y") for span in spans}
+    guesses = {span.id: SpanPrediction("x" if int(span.id) // 10 % 2 else "y") for span in spans}
     found = score(TASKS["squad1"], spans, guesses)["exact_match"]
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.15)
 
@@ -68,7 +69,7 @@ def test_examples_of_a_context_are_drawn_together() -> None:
 def test_twin_schemas_are_drawn_together_and_others_are_not() -> None:
     def width(groups: int) -> float:
         choices = [Choice(str(i), "", ("a", "b"), 0, str(i // groups)) for i in range(200)]
-        found = score(TASKS["wsc"], choices, {c.id: ChoiceGuess(int(c.id) // 2 % 2) for c in choices})["accuracy"]
+        found = score(TASKS["wsc"], choices, {c.id: ChoicePrediction(int(c.id) // 2 % 2) for c in choices})["accuracy"]
         return found.high - found.low
 
     assert width(2) == pytest.approx(math.sqrt(2) * width(1), rel=0.15)
@@ -77,7 +78,7 @@ def test_twin_schemas_are_drawn_together_and_others_are_not() -> None:
 def test_a_resample_without_a_class_still_has_the_class() -> None:
     """Two examples of a rare class: a third of ... resamples have none, and its F1 is 0 there."""
     examples = [Pair(str(i), "x", "y", "None" if i > 1 else "Entailment") for i in range(50)]
-    guesses = {e.id: PairGuess(e.label) for e in examples}
+    guesses = {e.id: PairPrediction(e.label) for e in examples}
     found = score(TASKS["assin2-entailment"], examples, guesses)["macro_f1"]
     assert (found.value, found.low, found.high) == (1.0, 0.5, 1.0)
 
@@ -96,7 +97,7 @@ def test_a_paired_test_of_accuracies_is_mcnemars() -> None:
 
 def test_a_paired_test_of_anything_else_swaps_answers() -> None:
     examples, a = labelled(300, 0.9, seed=1)
-    noisy = {id: PairGuess(g.label, g.score + 2 * np.random.RandomState(int(id)).normal()) for id, g in a.items()}
+    noisy = {id: PairPrediction(g.label, g.score + 2 * np.random.RandomState(int(id)).normal()) for id, g in a.items()}
     found = compare(TASKS["assin2"], examples, a, noisy)
     assert found["pearson"].p < 0.01
     assert found["mse"].value < 0
@@ -113,7 +114,7 @@ def test_the_paired_test_is_the_one_over_all_swaps() -> None:
     """Eight pairs have 256 swaps, which can be counted."""
     examples = [Pair(str(i), "x", "y", None, 3.0) for i in range(8)]
     errors = np.array([[1.0, 2.0, 0.5, 1.5, 1.0, 0.2, 2.0, 0.1], [1.5, 2.5, 0.4, 2.0, 1.1, 1.0, 1.9, 0.6]])
-    a, b = ({str(i): PairGuess(None, 3.0 + error) for i, error in enumerate(row)} for row in errors)
+    a, b = ({str(i): PairPrediction(None, 3.0 + error) for i, error in enumerate(row)} for row in errors)
     apart = (errors[0] ** 2 - errors[1] ** 2) @ np.array(list(itertools.product([-1, 1], repeat=8))).T / 8
     found = compare(TASKS["assin2-similarity"], examples, a, b, resamples=4000)["mse"]
     exact = np.mean(np.abs(apart) >= abs(found.value) - 1e-12)
@@ -133,6 +134,6 @@ def test_the_paired_test_keeps_its_promise() -> None:
 
 def test_what_cannot_be_compared_says_why() -> None:
     spans = [Span("0", "q", "c", (("x", 0),)), Span("1", "q", "c", (), True)]
-    found = compare(TASKS["squad2"], spans, {"0": SpanGuess("x")}, {"0": SpanGuess("y")})
+    found = compare(TASKS["squad2"], spans, {"0": SpanPrediction("x")}, {"0": SpanPrediction("y")})
     assert found["best_f1_oracle"].test == "no paired test for a threshold chosen on these examples"
     assert found["exact_match"].value == 0.5

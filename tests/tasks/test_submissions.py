@@ -11,14 +11,14 @@ import pytest
 
 from gloria.errors import UserError
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.examples import ChoiceGuess, Pair, PairGuess, Span, SpanGuess, WordGuess
-from gloria.tasks.submissions import read_guesses, write_guesses, write_submission
+from gloria.tasks.examples import ChoicePrediction, Pair, PairPrediction, Span, SpanPrediction, WordPrediction
+from gloria.tasks.submissions import read_predictions, write_predictions, write_submission
 
 PAIRS = [Pair("1", "É & foi", 'disse "não"', "None", 1.0), Pair("2", "a <b>", "c", "Entailment", 5.0)]
 
 
 def test_assin_is_read_back_by_its_reader(tmp_path: Path) -> None:
-    guesses = {"1": PairGuess("Entailment", 2.25), "2": PairGuess("None", 1.5)}
+    guesses = {"1": PairPrediction("Entailment", 2.25), "2": PairPrediction("None", 1.5)}
     (path,) = write_submission(TASKS["assin2"], PAIRS, guesses, tmp_path / "new")
     assert path.name == "assin2.xml"
     task = TASKS["assin2"]
@@ -27,32 +27,34 @@ def test_assin_is_read_back_by_its_reader(tmp_path: Path) -> None:
         Pair("2", "a <b>", "c", "None", 1.5),
     ]
     # One target writes one attribute; a pair without prediction is left out, as the official script's -f expects.
-    (path,) = write_submission(TASKS["assin2-entailment"], PAIRS, {"2": PairGuess("None")}, tmp_path)
+    (path,) = write_submission(TASKS["assin2-entailment"], PAIRS, {"2": PairPrediction("None")}, tmp_path)
     (pair,) = ElementTree.parse(path).getroot()
     assert pair.attrib == {"id": "2", "entailment": "None"}
 
 
 def test_varieties_have_a_file_each_with_the_ids_of_their_gold(tmp_path: Path) -> None:
     pairs = [Pair("ptpt-1", "a", "b"), Pair("ptbr-1", "c", "d")]
-    paths = write_submission(TASKS["assin1"], pairs, {p.id: PairGuess("None", 1) for p in pairs}, tmp_path)
+    paths = write_submission(TASKS["assin1"], pairs, {p.id: PairPrediction("None", 1) for p in pairs}, tmp_path)
     assert [path.name for path in paths] == ["ptpt-assin1.xml", "ptbr-assin1.xml"]
     assert [[p.get("id") for p in ElementTree.parse(path).getroot()] for path in paths] == [["1"], ["1"]]
 
 
 def test_glue_wants_every_row(tmp_path: Path) -> None:
-    guesses = {"1": PairGuess("not_entailment"), "2": PairGuess("entailment")}
+    guesses = {"1": PairPrediction("not_entailment"), "2": PairPrediction("entailment")}
     (path,) = write_submission(TASKS["rte"], PAIRS, guesses, tmp_path)
     assert path.name == "RTE.tsv"
     assert path.read_text() == "index\tprediction\n1\tnot_entailment\n2\tentailment\n"
-    (path,) = write_submission(TASKS["stsb"], PAIRS, {"1": PairGuess(None, 1.23456), "2": PairGuess(None, 5)}, tmp_path)
+    (path,) = write_submission(
+        TASKS["stsb"], PAIRS, {"1": PairPrediction(None, 1.23456), "2": PairPrediction(None, 5)}, tmp_path
+    )
     assert path.read_text() == "index\tprediction\n1\t1.2346\n2\t5.0000\n"
     with pytest.raises(UserError, match=r"RTE.tsv: 1 examples have no prediction; GLUE wants every row$"):
-        write_submission(TASKS["rte"], PAIRS, {"1": PairGuess("entailment")}, tmp_path)
+        write_submission(TASKS["rte"], PAIRS, {"1": PairPrediction("entailment")}, tmp_path)
 
 
 def test_squad_says_nothing_where_no_answer_is_better(tmp_path: Path) -> None:
     spans = [Span("a", "q", "c"), Span("b", "q", "c")]
-    guesses = {"a": SpanGuess("maçã", -1.0), "b": SpanGuess("x", 0.25)}
+    guesses = {"a": SpanPrediction("maçã", -1.0), "b": SpanPrediction("x", 0.25)}
     (path,) = write_submission(TASKS["squad2"], spans, guesses, tmp_path)
     assert json.loads(path.read_bytes()) == {"a": "maçã", "b": ""}
 
@@ -60,28 +62,33 @@ def test_squad_says_nothing_where_no_answer_is_better(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "guesses"),
     [
-        ("assin2", {"1": PairGuess("None", 2.5), "2": PairGuess()}),
-        ("squad2", {"a": SpanGuess("maçã", -1.5), "b": SpanGuess("")}),
-        ("calame", {"0": WordGuess(" fim\n"), "1": WordGuess(None, -3.25, False)}),
-        ("wsc", {"0": ChoiceGuess(1)}),
+        ("assin2", {"1": PairPrediction("None", 2.5), "2": PairPrediction()}),
+        ("squad2", {"a": SpanPrediction("maçã", -1.5), "b": SpanPrediction("")}),
+        ("calame", {"0": WordPrediction(" fim\n"), "1": WordPrediction(None, -3.25, False)}),
+        ("wsc", {"0": ChoicePrediction(1)}),
     ],
 )
 def test_guesses_come_back(tmp_path: Path, task: str, guesses: dict) -> None:
-    write_guesses(tmp_path / "a.jsonl", guesses)
-    assert read_guesses(TASKS[task], tmp_path / "a.jsonl") == guesses
+    write_predictions(tmp_path / "a.jsonl", guesses)
+    assert read_predictions(TASKS[task], tmp_path / "a.jsonl") == guesses
 
 
 def test_what_json_cannot_say(tmp_path: Path) -> None:
-    write_guesses(tmp_path / "a.jsonl", {"1": PairGuess("None", math.nan), "2": PairGuess(None, math.inf)})
-    assert read_guesses(TASKS["assin2"], tmp_path / "a.jsonl") == {"1": PairGuess("None"), "2": PairGuess(None, 1e308)}
+    write_predictions(
+        tmp_path / "a.jsonl", {"1": PairPrediction("None", math.nan), "2": PairPrediction(None, math.inf)}
+    )
+    assert read_predictions(TASKS["assin2"], tmp_path / "a.jsonl") == {
+        "1": PairPrediction("None"),
+        "2": PairPrediction(None, 1e308),
+    }
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(UserError, match=r"a.jsonl: no such file; give predictions that gloria.evaluate wrote$"):
-        read_guesses(TASKS["wsc"], path)
+        read_predictions(TASKS["wsc"], path)
     path.write_text('{"id": "1", "label": "None"}\n{"id": "2", "choice": "1"}\n{"id": "3", "choice": 1}\n{"id": "3"}\n')
     with pytest.raises(UserError) as error:
-        read_guesses(TASKS["wsc"], path)
+        read_predictions(TASKS["wsc"], path)
     told = "is no prediction of wsc; id, once each, and choice are expected"
     assert error.value.problems == tuple(f"{path}:{line}: {told}" for line in (1, 2, 4))

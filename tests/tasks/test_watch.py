@@ -24,7 +24,7 @@ from gloria.dist import signals
 from gloria.dist.manifest import checkpoint_path, saved_steps
 from gloria.dist.process import Process
 from gloria.dist.retention import remove_checkpoint
-from gloria.dist.run_lock import claim_run, release_run, write_status
+from gloria.dist.run_lock import lock_run, release_run, write_status
 from gloria.errors import UserError, run_command
 from tests import launch
 from tests.launch import SMALL, flags
@@ -95,7 +95,7 @@ ALL = [(step, *record) for step in (4, 8, 12) for record in RECORDS]
 
 
 def set_status(run: Path, status: str, step: int = 12, reason: str = "") -> None:
-    claim = claim_run(run, "test")
+    claim = lock_run(run, "test")
     write_status(claim, status, step, reason)
     release_run(claim)
 
@@ -267,7 +267,7 @@ def test_a_failure_that_is_tried_again_at_once_is_no_end(run):
     watcher = watching.Watcher(run, [])
     set_status(run, "failed")
     assert watcher.look() == watching.WAIT
-    claim = claim_run(run, "again")
+    claim = lock_run(run, "again")
     assert watcher.look() == watching.WAIT
     write_status(claim, "done", 12)
     release_run(claim)

@@ -273,7 +273,7 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path, capsys: pytest.Captur
         ("NVIDIA L40", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("Some Card", None),
+        ("Some GPU", None),
     ],
 )
 def test_a_card_has_its_own_peak_or_none(card: str, peak: float | None) -> None:

@@ -40,7 +40,7 @@ MOST_FRESH = 1 << 20  # candidates for validation that wait to be chosen from
 
 
 @dataclass
-class Effort:
+class PrepareStats:
     """What the passes took, training a tokenizer apart."""
 
     text: int  # bytes that were kept
@@ -57,7 +57,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DedupResult:
     """What deduplication leaves, by source, and where validation begins."""
 
     documents: np.ndarray  # int64 (sources,)
@@ -67,7 +67,7 @@ class Kept:
 
 def make_corpus(
     recipe: Recipe, files: Sequence[Sequence[SourceFile]], where: str, work: Path, workers: int
-) -> tuple[Manifest, Effort]:
+) -> tuple[Manifest, PrepareStats]:
     """Make the corpus of a recipe (read from `where`) in `work`/corpus, and return the manifest it lacks.
 
     `files` are those of each source, as `find_files` gives them; `UserError` tells what is wrong with them.
@@ -85,7 +85,7 @@ def make_corpus(
         shutil.rmtree(work / "spill")
         sources = gather_shards(recipe, counts, segments, tokenizer.vocab_size, folder, pool)
         adopted = adopt_shards(recipe, files, folder, pool)
-    effort = Effort(int(kept.size.sum()), time.perf_counter() - start - trained, encoding, workers)
+    effort = PrepareStats(int(kept.size.sum()), time.perf_counter() - start - trained, encoding, workers)
     sources = [adopted.get(source.name, entry) for source, entry in zip(recipe.source, sources)]
     values = {key: getattr(tokenizer, key) for key in ("fingerprint", "vocab_size", "eos_id", "pad_id")}
     return Manifest(FORMAT, values, sources, to_record(recipe)), effort
@@ -93,7 +93,7 @@ def make_corpus(
 
 def survey_buckets(
     recipe: Recipe, counts: Sequence[Counter[str]], frames: Sequence[Sequence[Frame]], pool: Workers
-) -> Kept:
+) -> DedupResult:
     """Pass 2, first look: what is kept, added to the `counts`, and the bounds of validation."""
     sources = len(recipe.source)
     size = np.zeros(sources, np.int64)
@@ -128,7 +128,7 @@ def survey_buckets(
         bounds[number] = validation_bound(own["low"], own["size"], count["kept"], int(size[number]))
     if problems:
         raise UserError(*problems)
-    return Kept(np.array([count["kept"] for count in counts]), size, bounds)
+    return DedupResult(np.array([count["kept"] for count in counts]), size, bounds)
 
 
 def _choose(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -137,7 +137,7 @@ def _choose(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def make_tokenizer(
-    recipe: Recipe, where: str, kept: Kept, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
+    recipe: Recipe, where: str, kept: DedupResult, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
 ) -> TextTokenizer:
     """The tokenizer in `work`/corpus/tokenizer: taken over, or trained on a sample that is drawn by weight.
 
@@ -163,7 +163,7 @@ def make_tokenizer(
 
 
 def tokenise_buckets(
-    kept: Kept, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
+    kept: DedupResult, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
 ) -> tuple[dict[tuple[int, bool], list[Segment]], float]:
     """Pass 2, second look: the buckets' tokens by (source, is validation); seconds spent in the tokenizer."""
     (work / "tokens").mkdir()

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.dist.manifest import run_and_step
 from gloria.errors import UserError, warn
-from gloria.model.config import ModelShape, read_shape
+from gloria.model.config import TransformerConfig, read_shape
 from gloria.model.huggingface import read_tensors, weight_files, write_folder
 from gloria.model.transformer import Transformer
 
@@ -197,13 +197,16 @@ def _load_checkpoint(checkpoint: Path) -> Loaded:
     if "task" in state:
         run = checkpoint.parent.parent
         raise UserError(f"--model: {run} is a fine-tuning under way; its best model so far is {run / 'model'}")
-    shape = ModelShape.from_dict(state["model"])
+    shape = TransformerConfig.from_dict(state["model"])
     tokenizer = load_tokenizer(str(checkpoint.parent.parent / "tokenizer"))
     return _own(str(checkpoint), shape, read_full_tensors(checkpoint, "model."), tokenizer)
 
 
 def _own(
-    source: str, shape: ModelShape, tensors: Iterator[tuple[str, Tensor]] | Any, tokenizer: PreTrainedTokenizerBase
+    source: str,
+    shape: TransformerConfig,
+    tensors: Iterator[tuple[str, Tensor]] | Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Loaded:
     with torch.device("meta"):
         model = Transformer(shape)

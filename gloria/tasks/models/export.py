@@ -29,7 +29,7 @@ from transformers import (
 
 from gloria.files import replacement
 from gloria.tasks.models.encode import Row, Template, collate, read_template
-from gloria.tasks.models.finetuned import HEAD, Tuned, load_tuned
+from gloria.tasks.models.finetuned import HEAD, FinetunedModel, load_tuned
 from gloria.tasks.models.heads import SCORE, SPAN
 
 TOLERANCE = 1e-4
@@ -53,7 +53,7 @@ def export_head(folder: Path, out: Path) -> str:
     return f"{out}: {name}, its logits differ from ours by {difference:.1g} at most"
 
 
-def _write(tuned: Tuned, folder: Path, work: Path) -> tuple[str, float]:
+def _write(tuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, float]:
     heads = tuned.inputs.heads
     if len(heads) > 1:
         raise CannotExport(f"no class of transformers has two heads, {' and '.join(heads)}")
@@ -85,7 +85,7 @@ def _write(tuned: Tuned, folder: Path, work: Path) -> tuple[str, float]:
     return type(model).__name__, difference
 
 
-def _tokenizer(tuned: Tuned, template: Template) -> PreTrainedTokenizerBase:
+def _tokenizer(tuned: FinetunedModel, template: Template) -> PreTrainedTokenizerBase:
     """The tokenizer, which pads on the right with a token that ends no row, and makes our rows of two texts."""
     tokenizer = AutoTokenizer.from_pretrained(tuned.source)
     if tokenizer.pad_token_id in (None, template.end[-1]):
@@ -107,7 +107,7 @@ def _tokenizer(tuned: Tuned, template: Template) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _build(tuned: Tuned, folder: Path, pad_id: int) -> nn.Module:
+def _build(tuned: FinetunedModel, folder: Path, pad_id: int) -> nn.Module:
     """The class with the backbone's weights; its head's are still random."""
     config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     inputs = tuned.inputs
@@ -169,7 +169,7 @@ def _add_padding_row(model: nn.Module, tokens: int) -> None:
 
 
 @torch.no_grad()
-def _difference(tuned: Tuned, model: nn.Module, template: Template, pad_id: int) -> float:
+def _difference(tuned: FinetunedModel, model: nn.Module, template: Template, pad_id: int) -> float:
     """How far the logits of both are apart at most, on random rows of different lengths."""
     generator = torch.Generator().manual_seed(0)
     limit = min(tuned.inputs.max_length, 48) - template.special(True)

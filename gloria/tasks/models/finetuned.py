@@ -24,7 +24,7 @@ from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.files import parse_json_object, read_bounded, replacement, to_json
 from gloria.tasks.catalog import find_task
-from gloria.tasks.examples import Example, Guess, PairGuess, SpanGuess
+from gloria.tasks.examples import Example, PairPrediction, Prediction, SpanPrediction
 from gloria.tasks.models.backbones import load_model, save_model
 from gloria.tasks.models.encode import (
     Encoded,
@@ -58,7 +58,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FinetunedModel:
     """A model with heads, ready to predict."""
 
     source: str
@@ -79,7 +79,7 @@ def task_heads(task: Task) -> dict[str, int]:
     return dict(heads[target] for target in task.targets)
 
 
-def encode(tuned: Tuned, examples: Sequence[Example], *, training: bool) -> Encoded:
+def encode(tuned: FinetunedModel, examples: Sequence[Example], *, training: bool) -> Encoded:
     """The rows of a task's examples, as `tuned.inputs` says."""
     inputs = tuned.inputs
     if SPAN in inputs.heads:
@@ -96,7 +96,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @torch.no_grad()
 def row_outputs(
-    tuned: Tuned,
+    tuned: FinetunedModel,
     rows: Sequence[Row],
     batch_size: int,
     process: Process,
@@ -136,30 +136,32 @@ def _flat(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.double().reshape(len(value), -1) for value in outputs.values()], dim=1)
 
 
-def guesses(tuned: Tuned, examples: Sequence[Example], rows: Sequence[Row], outputs: np.ndarray) -> dict[str, Guess]:
+def guesses(
+    tuned: FinetunedModel, examples: Sequence[Example], rows: Sequence[Row], outputs: np.ndarray
+) -> dict[str, Prediction]:
     """Answers by example id, from what `row_outputs` gave for the rows."""
     inputs = tuned.inputs
     if SPAN in inputs.heads:
         return {
-            name: SpanGuess(text, margin if inputs.no_answer else float("-inf"))
+            name: SpanPrediction(text, margin if inputs.no_answer else float("-inf"))
             for name, text, margin in best_spans(rows, outputs, examples, inputs.max_answer_tokens)
         }
     classes = inputs.heads.get(LABEL, 0)
-    found: dict[str, Guess] = {}
+    found: dict[str, Prediction] = {}
     for row, values in zip(rows, outputs):
         label = inputs.labels[int(values[:classes].argmax())] if classes else None
         score = float(values[classes]) if SCORE in inputs.heads else None
-        found[examples[row.example].id] = PairGuess(label, score)
+        found[examples[row.example].id] = PairPrediction(label, score)
     return found
 
 
 def predict(
-    tuned: Tuned,
+    tuned: FinetunedModel,
     examples: Sequence[Example],
     batch_size: int,
     process: Process,
     before_batch: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Guess], Encoded]:
+) -> tuple[dict[str, Prediction], Encoded]:
     """The answers to all examples, the same on every rank, and how they were encoded; arguments as of `row_outputs`."""
     encoded = encode(tuned, examples, training=False)
     outputs = row_outputs(tuned, encoded.rows, batch_size, process, before_batch)
@@ -176,7 +178,7 @@ def whole_state(model: TaskModel, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def save_tuned(tuned: Tuned, state: dict[str, Tensor], folder: Path, extra: dict[str, Any]) -> None:
+def save_tuned(tuned: FinetunedModel, state: dict[str, Tensor], folder: Path, extra: dict[str, Any]) -> None:
     """Write the folder, in the place of an older one; for one rank. `extra` goes into task.json."""
     body = {key.removeprefix("backbone.body."): value for key, value in state.items() if key.startswith("backbone.")}
     heads = {key.removeprefix("heads."): value.contiguous() for key, value in state.items() if key.startswith("heads.")}
@@ -204,7 +206,7 @@ def read_task_file(folder: Path) -> dict[str, Any]:
     return content
 
 
-def load_tuned(folder: str | Path, device: torch.device) -> Tuned:
+def load_tuned(folder: str | Path, device: torch.device) -> FinetunedModel:
     """A fine-tuned model, whole, on `device`. `UserError` where files are missing or do not fit each other."""
     folder = Path(folder)
     content = read_task_file(folder)
@@ -220,4 +222,4 @@ def load_tuned(folder: str | Path, device: torch.device) -> Tuned:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder / HEAD}: does not fit the model ({reason}); fine-tune again") from None
-    return Tuned(str(folder), model.to(device).eval(), loaded.tokenizer, inputs)
+    return FinetunedModel(str(folder), model.to(device).eval(), loaded.tokenizer, inputs)

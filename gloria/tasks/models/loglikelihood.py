@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.model.decode import OwnRows, begin
+from gloria.model.decode import OwnCache, begin
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import Loaded
 from gloria.tasks.models.encode import length_batches, tokenize
@@ -109,7 +109,7 @@ def log_likelihoods(loaded: Loaded, asked: Sequence[Request], batch_size: int, p
     return _over_ranks(found, process)
 
 
-def _score_ahead(model: Transformer, state: OwnRows, asked: Sequence[Request]) -> Tensor:
+def _score_ahead(model: Transformer, state: OwnCache, asked: Sequence[Request]) -> Tensor:
     """The sums of a request for each row, which is all that comes before its scored tokens."""
     ids, _ = _pad([request.ids[-request.scored - 1 : -1] for request in asked], state.lengths.device)
     return _sums(model, state.look_ahead(ids, back=1), asked, [request.scored for request in asked])

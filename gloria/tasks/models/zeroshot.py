@@ -15,7 +15,16 @@ from gloria.data.shards import map_tokens, read_index
 from gloria.data.tokenizer import load_tokenizer
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.tasks.examples import Choice, ChoiceGuess, Example, Guess, LastWord, Pair, PairGuess, WordGuess
+from gloria.tasks.examples import (
+    Choice,
+    ChoicePrediction,
+    Example,
+    LastWord,
+    Pair,
+    PairPrediction,
+    Prediction,
+    WordPrediction,
+)
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.models.backbones import Loaded
 from gloria.tasks.models.encode import tokenize
@@ -40,14 +49,14 @@ ORIGINAL_TOKENS = 24  # " Semelhança: 4.5 / Consequência: 1" in any tokenizer
 class Answers:
     """Guesses by example id; by which rule and in what way they came about; prompts that were cut to fit."""
 
-    guesses: dict[str, Guess]
+    guesses: dict[str, Prediction]
     method: str
     cut: int
     rule: str = ""
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvalSettings:
     """How a task is put to a model."""
 
     method: str  # LIKELIHOOD or GENERATION
@@ -58,7 +67,12 @@ class Asking:
 
 
 def answers(
-    loaded: Loaded, task: Task, examples: Sequence[Example], train: Sequence[Example], asking: Asking, process: Process
+    loaded: Loaded,
+    task: Task,
+    examples: Sequence[Example],
+    train: Sequence[Example],
+    asking: EvalSettings,
+    process: Process,
 ) -> Iterator[Answers]:
     """The model's answers: one set, or for last words one a rule."""
     if task.family == "last_word":
@@ -72,7 +86,12 @@ def answers(
 
 
 def _pairs(
-    loaded: Loaded, task: Task, examples: Sequence[Pair], train: Sequence[Example], asking: Asking, process: Process
+    loaded: Loaded,
+    task: Task,
+    examples: Sequence[Pair],
+    train: Sequence[Example],
+    asking: EvalSettings,
+    process: Process,
 ) -> Answers:
     found: dict[str, dict[str, str | float]] = {example.id: {} for example in examples}
     cut = 0
@@ -86,37 +105,47 @@ def _pairs(
             else:
                 weights = np.exp(values - values.max())
                 found[example.id]["score"] = float(weights @ np.array(asked.values, float) / weights.sum())
-    guesses: dict[str, Guess] = {name: PairGuess(**values) for name, values in found.items()}
+    guesses: dict[str, Prediction] = {name: PairPrediction(**values) for name, values in found.items()}
     way = "log-likelihood of the answers (a score is their mean, weighted by probability)"
     return Answers(guesses, f"{asking.shots} shots, {way}", cut)
 
 
 def _choices(
-    loaded: Loaded, task: Task, examples: Sequence[Choice], train: Sequence[Example], asking: Asking, process: Process
+    loaded: Loaded,
+    task: Task,
+    examples: Sequence[Choice],
+    train: Sequence[Example],
+    asking: EvalSettings,
+    process: Process,
 ) -> Answers:
     asked = [example for example in examples if example.choices]
     prompts = [_with_shots(task, example, train, asking, "") for example in asked]
     logs, cut = _answer_logs(loaded, prompts, asking.batch, process)
-    guesses: dict[str, Guess] = {}
+    guesses: dict[str, Prediction] = {}
     for example, prompt_, values in zip(asked, prompts, logs):
         lengths = np.array([len(answer) for answer in prompt_.answers])
-        guesses[example.id] = ChoiceGuess(int((values / lengths).argmax()))
+        guesses[example.id] = ChoicePrediction(int((values / lengths).argmax()))
     return Answers(guesses, f"{asking.shots} shots, log-likelihood of the answer by its number of characters", cut)
 
 
 def _original(
-    loaded: Loaded, task: Task, examples: Sequence[Pair], train: Sequence[Example], asking: Asking, process: Process
+    loaded: Loaded,
+    task: Task,
+    examples: Sequence[Pair],
+    train: Sequence[Example],
+    asking: EvalSettings,
+    process: Process,
 ) -> Answers:
     if set(task.targets) != {"entailment", "similarity"} or task.labels != ("None", "Entailment"):
         raise UserError(f"--method: the original's prompt is for assin2, not {task.name}; use {LIKELIHOOD}")
     texts = [original_prompt(example, _shots(example, train, asking)) for example in examples]
-    settings = Settings(ORIGINAL_TOKENS, is_over=lambda text: read_original(text + "\n") != PairGuess())
+    settings = Settings(ORIGINAL_TOKENS, is_over=lambda text: read_original(text + "\n") != PairPrediction())
     ((written, cut),), _ = continuations(loaded, texts, [settings], asking.batch, process)
-    guesses: dict[str, Guess] = {example.id: read_original(text) for example, text in zip(examples, written)}
+    guesses: dict[str, Prediction] = {example.id: read_original(text) for example, text in zip(examples, written)}
     return Answers(guesses, f"{asking.shots} shots, the original's prompt, greedy; what cannot be read is wrong", cut)
 
 
-def _words(loaded: Loaded, examples: Sequence[LastWord], asking: Asking, process: Process) -> Iterator[Answers]:
+def _words(loaded: Loaded, examples: Sequence[LastWord], asking: EvalSettings, process: Process) -> Iterator[Answers]:
     contexts = [example.context.rstrip() for example in examples]
     rules = [RULES[name] for name in asking.rules if name != LOG_LIKELIHOOD]
     settings = [Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over) for rule in rules]
@@ -129,23 +158,23 @@ def _words(loaded: Loaded, examples: Sequence[LastWord], asking: Asking, process
     written = iter(texts)
     for name in asking.rules:
         if name == LOG_LIKELIHOOD:
-            guesses: dict[str, Guess] = {
-                examples[number].id: WordGuess(log_likelihood=float(log), greedy=bool(greedy))
+            guesses: dict[str, Prediction] = {
+                examples[number].id: WordPrediction(log_likelihood=float(log), greedy=bool(greedy))
                 for number, (log, greedy) in logs.items()
             }
             yield Answers(guesses, "log-likelihood of the gold word", cut_words, name)
             continue
         rule, (continued, cut) = RULES[name], next(written)
-        guesses = {example.id: WordGuess(text=text) for example, text in zip(examples, continued)}
+        guesses = {example.id: WordPrediction(text=text) for example, text in zip(examples, continued)}
         penalty = f", repetition penalty {rule.repetition_penalty:g}" if rule.repetition_penalty != 1 else ""
         yield Answers(guesses, f"greedy, at most {rule.max_new_tokens} tokens{penalty}", cut, name)
 
 
-def _shots(example: Example, train: Sequence[Example], asking: Asking) -> list[Example]:
+def _shots(example: Example, train: Sequence[Example], asking: EvalSettings) -> list[Example]:
     return choose_shots(train, example, asking.shots, asking.seed) if asking.shots else []
 
 
-def _with_shots(task: Task, example: Example, train: Sequence[Example], asking: Asking, target: str) -> Prompt:
+def _with_shots(task: Task, example: Example, train: Sequence[Example], asking: EvalSettings, target: str) -> Prompt:
     return prompt(task, example, _shots(example, train, asking), target)
 
 

@@ -16,20 +16,20 @@ from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Pair, Span
 from gloria.tasks.models.backbones import load_model
 from gloria.tasks.models.encode import collate, encode_pairs, encode_spans
-from gloria.tasks.models.finetuned import Inputs, Tuned, save_tuned, task_heads
+from gloria.tasks.models.finetuned import FinetunedModel, Inputs, save_tuned, task_heads
 from gloria.tasks.models.heads import LABEL, SCORE, TaskModel, initialise_heads
 from tests.tasks.tiny import ENCODERS, FAMILIES, make_folder
 
 PAIRS = [("o gato dorme", "um cão corre na rua"), ("a mesa", "não"), ("sim sim sim sim sim", "a casa grande e branca")]
 
 
-def tuned_folder(family: str, task: str, folder: Path) -> tuple[Tuned, Path]:
+def tuned_folder(family: str, task: str, folder: Path) -> tuple[FinetunedModel, Path]:
     """A fine-tuned model whose head is random, in memory and as a folder."""
     loaded, about = load_model(str(make_folder(family, folder / "base"))), find_task(task)
     heads = task_heads(about)
     model = TaskModel(loaded.backbone, heads, 0.0).eval()
     initialise_heads(model, 1, 3.0)
-    tuned = Tuned(loaded.source, model, loaded.tokenizer, Inputs(task, about.labels, heads, 64, 8, 30, False))
+    tuned = FinetunedModel(loaded.source, model, loaded.tokenizer, Inputs(task, about.labels, heads, 64, 8, 30, False))
     save_tuned(tuned, dict(model.state_dict()), folder / "model", {})
     return tuned, folder / "model"
 

@@ -17,8 +17,8 @@ from gloria.tasks.metrics import score
 from gloria.tasks.models.backbones import load_model
 from gloria.tasks.models.encode import collate
 from gloria.tasks.models.finetuned import (
+    FinetunedModel,
     Inputs,
-    Tuned,
     encode,
     guesses,
     load_tuned,
@@ -61,7 +61,7 @@ def make_tuned(family: str, task: str, folder: Path) -> Path:
     for head in model.heads.values():
         head.weight.data.mul_(10)  # so that scores differ by more than the last places of a sum do
     inputs = Inputs(task, about.labels, task_heads(about), 40, 8, 30, no_answer=True)
-    save_tuned(Tuned("", model, loaded.tokenizer, inputs), dict(model.state_dict()), folder / "model", {})
+    save_tuned(FinetunedModel("", model, loaded.tokenizer, inputs), dict(model.state_dict()), folder / "model", {})
     return folder / "model"
 
 
