@@ -47,7 +47,8 @@ def check(argv: list[str] | None) -> tuple[FinetuneConfig, Task, Path, list[Exam
 if __name__ == "__main__":
     # Before torch is imported (seconds): a stop signal is kept from here on, and a wrong recipe is told at once.
     install_stop_handlers()
-    if status := run_command(lambda argv: check(argv) and 0, sys.argv[1:], stop_reason):
+    checked = []
+    if status := run_command(lambda argv: checked.append(check(argv)), sys.argv[1:], stop_reason):
         raise SystemExit(status)
 
 import torch
@@ -74,9 +75,9 @@ from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of, require_same_
 from gloria.train.selection import choose, score_best
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Fine-tune with each seed; several give a mean and a deviation."""
-    plan = Plan(*check(argv))
+def main(argv: list[str] | None = None, checked: tuple | None = None) -> int:
+    """Fine-tune with each seed; several give a mean and a deviation. `checked`: what `check` returned before."""
+    plan = Plan(*(checked or check(argv)))
     config = plan.config
     set_time_budget(config.run.max_minutes)
     process = start_process_group(config.run.device, max(config.dist.timeout_minutes, config.dist.step_timeout_minutes))
@@ -266,4 +267,4 @@ def end(run: Run, stop: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, sys.argv[1:], stop_reason))
+    raise SystemExit(run_command(lambda argv: main(argv, *checked), sys.argv[1:], stop_reason))

@@ -33,7 +33,8 @@ def check(argv: list[str] | None) -> tuple[PretrainConfig, RunPlan]:
 if __name__ == "__main__":
     # Before torch is imported (seconds): a stop signal is kept from here on, and a wrong recipe is told at once.
     install_stop_handlers()
-    if status := run_command(lambda argv: check(argv) and 0, sys.argv[1:], stop_reason):
+    checked = []
+    if status := run_command(lambda argv: checked.append(check(argv)), sys.argv[1:], stop_reason):
         raise SystemExit(status)
 
 import torch
@@ -61,9 +62,9 @@ from gloria.train.pretrain_run import PendingStep, Run, close_run, open_run, tra
 from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, flags_of
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check the recipe, then train; `--dry-run` stops after the check."""
-    config, plan = check(argv)
+def main(argv: list[str] | None = None, checked: tuple[PretrainConfig, RunPlan] | None = None) -> int:
+    """Check the recipe unless it is `checked`, then train; `--dry-run` stops after the check."""
+    config, plan = checked or check(argv)
     if config.dry_run:
         print(to_toml(config), describe(config, plan, *precision_here(config)), sep="\n")
         for warning in plan.warnings:
@@ -273,4 +274,4 @@ def end(run: Run, stop: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, sys.argv[1:], stop_reason))
+    raise SystemExit(run_command(lambda argv: main(argv, *checked), sys.argv[1:], stop_reason))

@@ -3,7 +3,9 @@ the user never sees before the hours are spent."""
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
 from gloria.dist.run_lock import read_status
 from gloria.dist.signals import STOP_SIGNALS
 from gloria.errors import run_command
+from gloria.files import hash_file
 from gloria.pretrain import main
 from tests.launch import SMALL, flags, losses, metrics
 
@@ -239,3 +242,16 @@ def test_a_validation_of_a_launch_that_left_no_checkpoint_stands_once(recipe, tm
     (tmp_path / "run" / "status.json").unlink()
     assert main(flags(recipe)) == 0
     assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [0, 2]
+
+
+def test_the_command_opens_its_corpus_once(recipe, monkeypatch, capsys):
+    """It checks the recipe before torch is imported, and used to hash every shard again behind the import."""
+    hashed = []
+    monkeypatch.setattr("gloria.data.corpus.hash_file", lambda file: hashed.append(str(file)) or hash_file(file))
+    monkeypatch.setattr("gloria.dist.signals.install_stop_handlers", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags(recipe), "--dry-run", "--verify"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(gloria.pretrain.__file__, run_name="__main__")
+    assert ended.value.code == 0
+    shards = [str(path) for path in recipe["data.corpus"].glob("*/*-*.*")]
+    assert sorted(file for file in hashed if file.endswith((".bin", ".idx"))) == sorted(shards)
