@@ -56,7 +56,7 @@ pretrain: $(READY) ## pre-train on this machine: CONFIG=launch/gloria-1.3b.toml 
 
 finetune: $(READY) ## fine-tune on a task: TASK=assin2 MODEL=models/demo DATA=folder (else a small sample) ARGS="--train.epochs 3"
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.finetune --task $(TASK) --model $(MODEL) \
-		$(if $(DATA),--data $(DATA)) --run.dir runs/$(TASK)-$(notdir $(MODEL:/=)) $(ARGS)
+		$(if $(DATA),--data $(DATA)) --run.dir runs/$(TASK)-$(subst /,-,$(patsubst runs/%,%,$(patsubst models/%,%,$(MODEL:/=)))) $(ARGS)
 
 evaluate: $(READY) ## score a model on tasks: TASK=calame MODEL=models/demo DATA=folder, or each checkpoint of WATCH=runs/demo
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.evaluate --task $(TASK) \

@@ -71,8 +71,7 @@ def score(
 ) -> dict[str, Score]:
     """Metric -> Score over all labelled examples; a missing prediction is wrong. resamples=0: no bootstrap.
 
-    `rule`, for last words only: a name of `RULES`, or "log-likelihood". Predictions of examples that are not in the
-    set raise `UserError`.
+    `rule`, for last words only: a name of `RULES`, or "log-likelihood". Predictions must be of these examples.
     """
     scores = {}
     for name, measure in measures(task, examples, predictions, rule).items():
@@ -103,9 +102,7 @@ def measures(
     task: Task, examples: Sequence[Example], predictions: Mapping[str, Prediction], rule: str = ""
 ) -> dict[str, Measure]:
     """Each metric of the task with the columns it is computed from."""
-    strange = predictions.keys() - {example.id for example in examples}
-    if strange:
-        raise UserError(f'predictions: "{min(strange)}" is no example of {task.name}; give those of the same split')
+    assert predictions.keys() <= {example.id for example in examples}, "predictions of other examples"
     names = [name for name in task.metrics if name.partition(":")[2] == rule]
     if not names:
         rules = dict.fromkeys(name.partition(":")[2] for name in task.metrics if ":" in name)

@@ -1,9 +1,11 @@
-"""`results.json` and the table that is printed: every score with n, interval, rule, model and versions."""
+"""`results.json` and the table that is printed: every score with n, interval, rule, model, data and versions."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import gloria
-from gloria.files import write_whole
+from gloria.errors import UserError
+from gloria.files import read_json_object, write_whole
 from gloria.tasks.examples import Example, Prediction
 from gloria.tasks.metrics import score
 from gloria.tasks.task import Task
 
 RESULTS = "results.json"
-GUESSES_FILE = "guesses.jsonl"  # what gloria.evaluate --compare reads
 _LIBRARIES = ("torch", "transformers", "scikit-learn", "scipy", "numpy")
 
 
@@ -26,34 +28,63 @@ def score_record(
     task: Task,
     split: str,
     examples: Sequence[Example],
-    guesses: Mapping[str, Prediction],
+    predictions: Mapping[str, Prediction],
     *,
     rule: str = "",
+    data: Path,
     method: str,
     counts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A task's scores on a split as plain JSON; a split without labels is "not scored".
 
-    `method` says how the answers were come by; `counts` go along.
+    `data` is the folder of the files, `method` how the predictions were made; `counts` are kept beside the scores.
     """
-    record: dict[str, Any] = {"task": task.name, "split": split, "method": method, "n": len(examples)}
+    record: dict[str, Any] = {"task": task.name, "split": split, "data": str(data.absolute()), "method": method}
+    record["n"] = len(examples)
     if rule:
         record["rule"] = rule
     record["counts"] = dict(counts)
     if any(task.labelled(example) for example in examples):
-        scores = score(task, examples, guesses, rule=rule)
+        scores = score(task, examples, predictions, rule=rule)
         record["scores"] = {name: asdict(value) for name, value in scores.items()}
     else:
         record["not_scored"] = "the split has no labels"
     return record
 
 
+def default_folder(model: str, tasks: str) -> Path:
+    """runs/evaluate/MODEL/TASKS, MODEL being its path below here without `runs` or `models`, or its last two parts."""
+    path, here = Path(os.path.abspath(model)), Path.cwd()
+    parts = path.relative_to(here).parts if path.is_relative_to(here) else path.parts[-2:]
+    parts = parts[1:] if parts[0] in ("runs", "models") and len(parts) > 1 else parts
+    return Path("runs/evaluate", "-".join(parts).replace("/", ""), tasks.replace(",", "+"))
+
+
+def free_number(folder: Path, request: Mapping[str, Any]) -> int:
+    """The first n for which FOLDER-n (1: FOLDER itself) has no results, or results of the same request."""
+    return next(n for n in itertools.count(1) if request_of(numbered(folder, n)) in (None, request))
+
+
+def numbered(folder: Path, number: int) -> Path:
+    """FOLDER itself, or FOLDER-number from 2 on."""
+    return folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+
+
+def request_of(folder: Path) -> dict[str, Any] | None:
+    """What the results in a folder are of, {} where they do not say; None where there are none."""
+    path = folder / RESULTS
+    return read_json_object(path, "move it away").get("request", {}) if path.exists() else None
+
+
 def write_results(path: Path, about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Write and return the results: `about` the model, and the records."""
     versions = {"gloria": gloria.__version__, **{name: version(name) for name in _LIBRARIES}}
     results = {"format": 1, **about, "versions": versions, "results": list(records)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(results, ensure_ascii=False, indent=1, default=str).encode() + b"\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(results, ensure_ascii=False, indent=1, default=str).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
     return results
 
 

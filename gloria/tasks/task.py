@@ -57,6 +57,11 @@ class Task:
         parts = [part for part, _ in self.parts] or [self]
         return all(any((folder / name).is_file() for name in part.files.get(split, ())) for part in parts)
 
+    def reported_split(self, folder: Path) -> str:
+        """The split that is reported: GLUE hides the labels of its tests, so there it is the dev set."""
+        order = [split for split in (("dev", "test") if self.hold_out else ("test", "dev")) if split in self.splits]
+        return next((split for split in order if self.has(folder, split)), order[0])
+
     def read(self, folder: Path | str, split: str) -> list[Example]:
         """The examples of a split, in the file's order. Raises `UserError` for a missing file or malformed rows."""
         return self.load(folder, split).examples

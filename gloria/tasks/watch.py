@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -45,7 +45,7 @@ class Watcher:
     """What rank 0 knows of the run, and what it has said."""
 
     run: Path
-    tasks: Sequence[str]
+    tasks: Mapping[str, Any]  # name -> the data and settings that its records have
     scored: dict[Checkpoint, set[str]] = field(default_factory=dict)  # tasks
     passed: set[Checkpoint] = field(default_factory=set)
     now: int = 0  # scored by this watch
@@ -107,7 +107,7 @@ class Watcher:
 
 def watch(
     run: Path,
-    tasks: Sequence[str],
+    tasks: Mapping[str, Any],
     poll: float,
     process: Process,
     load: Callable[[Path], Model],
@@ -252,6 +252,12 @@ def _remember(watcher: Watcher) -> int:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: is no score; take the line out, or move the file away") from None
             continue
+        asked, found = watcher.tasks.get(task), {key: record.get(key) for key in ("data", "settings")}
+        if asked and found["data"] and asked != found:
+            raise UserError(
+                f"{path}:{number}: {task} was scored with {_shown(found)}, and is now asked for with {_shown(asked)}; "
+                "give the same flags, or move the file away"
+            )
         if part == parts and line.endswith(b"\n"):
             watcher.scored.setdefault(checkpoint, set()).add(task)
             whole = number
@@ -263,6 +269,11 @@ def _remember(watcher: Watcher) -> int:
     if watcher.scored:
         print(f"{path}: {len(watcher.scored)} checkpoints are scored already", flush=True)
     return 0
+
+
+def _shown(about: Mapping[str, Any]) -> str:
+    """Data and settings as the flags of them."""
+    return " ".join(f"--{flag} {value}" for flag, value in {"data": about["data"], **(about["settings"] or {})}.items())
 
 
 class _FinetuningError(UserError):

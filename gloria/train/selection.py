@@ -14,8 +14,8 @@ from gloria.dist.signals import stop_reason
 from gloria.tasks.metrics import score
 from gloria.tasks.models.export import export_head
 from gloria.tasks.models.finetuned import MODEL, load_tuned, predict, save_tuned, whole_state
-from gloria.tasks.report import GUESSES_FILE, RESULTS, score_record, write_results
-from gloria.tasks.submissions import write_predictions, write_submission
+from gloria.tasks.report import RESULTS, score_record, write_results
+from gloria.tasks.submissions import save_predictions
 from gloria.train.finetune_report import report_scores
 from gloria.train.finetune_run import Run
 
@@ -86,14 +86,12 @@ def score_best(run: Run) -> bool:
         run.watch.beat(run.step, "end", slow=True)
         if process.is_main:
             counts = {**read.counts, f"longer than {tuned.inputs.max_length} tokens": encoded.truncated}
-            records.append(
-                score_record(plan.task, split, read.examples, found, method="fine-tuned head", counts=counts)
-            )
-            target = run.folder / "predictions" / split
-            target.mkdir(parents=True, exist_ok=True)
-            write_submission(plan.task, read.examples, found, target)
-            write_predictions(target / GUESSES_FILE, found)
+            about = {"data": plan.folder, "method": "fine-tuned head", "counts": counts}
+            record = score_record(plan.task, split, read.examples, found, **about)
+            records.append(record | {"predictions": f"predictions/{split}"})
+            save_predictions(plan.task, read.examples, found, run.folder / "predictions" / split)
     if process.is_main:
+        print(f"predictions {run.folder / 'predictions'}: {', '.join(splits)}", flush=True)
         print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
         about = {"model": str(run.folder / MODEL), "from": run.config.model, "seed": run.seed, "chosen": run.best}
         about["recipe"] = to_mapping(run.config)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def records(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def guesses(out: Path) -> dict[str, list[dict[str, Any]]]:
-    paths = sorted((out / "predictions").glob("*/guesses.jsonl"))
+def predictions(out: Path) -> dict[str, list[dict[str, Any]]]:
+    paths = sorted((out / "predictions").glob("*/predictions.jsonl"))
     return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
 
 
@@ -84,8 +85,8 @@ def test_batch_size_and_ranks_change_nothing(neo, data, tmp_path):
     run_world(_on_a_rank, 2, flags)
     # The same batches on any number of ranks: the same bits.
     assert records(tmp_path / "b3") == records(tmp_path / "two")
-    assert guesses(tmp_path / "b3") == guesses(tmp_path / "two")
-    one, many = guesses(tmp_path / "b1"), guesses(tmp_path / "b64")
+    assert predictions(tmp_path / "b3") == predictions(tmp_path / "two")
+    one, many = predictions(tmp_path / "b1"), predictions(tmp_path / "b64")
     assert set(one) == set(many) == {
         "assin2-test", "exams-test", "calame-test-first-word", "calame-test-paper", "calame-test-strict",
         "calame-test-log-likelihood",
@@ -98,7 +99,7 @@ def test_batch_size_and_ranks_change_nothing(neo, data, tmp_path):
 def test_generation_is_that_of_transformers(neo, data, tmp_path):
     run(neo, data, tmp_path / "out", "calame", "--rule=paper")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(neo).eval(), AutoTokenizer.from_pretrained(neo)
-    written = {row["id"]: row["text"] for row in guesses(tmp_path / "out")["calame-test-paper"]}
+    written = {row["id"]: row["text"] for row in predictions(tmp_path / "out")["calame-test-paper"]}
     for line in (data / "calamept_all.jsonl").read_text().splitlines():
         row = json.loads(line)
         ids = tokenizer(row["sentence"].rstrip(), return_tensors="pt")["input_ids"]
@@ -134,36 +135,94 @@ def test_windows_score_each_token_once(tokens, length, stride):
     assert scored == ids[1:]
 
 
-def test_two_predictions_are_compared(neo, data, tmp_path, capsys):
-    run(neo, data, tmp_path / "a", "assin2")
-    run(neo, data, tmp_path / "b", "assin2", "--shots=2")
-    folders = [str(tmp_path / name / "predictions" / "assin2-test") for name in "ab"]
+def compared(capsys: pytest.CaptureFixture, *flags: str) -> list[str]:
     capsys.readouterr()
-    assert evaluate.main(["--task=assin2", f"--data={data}", "--compare", *folders]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["metric", "A", "-", "B", "95", "%", "interval", "p", "test"]
-    assert lines[1].startswith("accuracy")
+    assert evaluate.main(["--task=assin2", "--compare", *flags]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_two_models_are_compared_by_run_folder_evaluation_or_file(neo, data, tmp_path, capsys):
+    flags = ["--train.steps=2", f"--run.dir={tmp_path / 'a'}", "--run.device=cpu", "--log.tensorboard=false"]
+    assert finetune.main(["--task=assin2", f"--model={neo}", f"--data={data}", *flags]) == 0
+    run(neo, data, tmp_path / "b", "assin2", "--shots=2")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    lines = compared(capsys, a, b)
+    file = "predictions/assin2-test/predictions.jsonl"
+    assert lines[:3] == [f"assin2 test of {data}", f"A  {a}/predictions/test/predictions.jsonl", f"B  {b}/{file}"]
+    assert lines[3].split() == ["metric", "A", "-", "B", "95", "%", "interval", "p", "test"]
+    assert lines[4].startswith("accuracy")
+    assert compared(capsys, f"{a}/predictions/test", f"{b}/{file}") == lines
+    assert len(compared(capsys, a, a)) == 2 * len(lines)  # dev and test
+
+
+def test_what_cannot_be_compared_ends_in_a_line(neo, data, tmp_path):
+    run(neo, data, tmp_path / "a", "assin2")
+    other = write_assin(tmp_path / "other", {"train": 12, "dev": 8, "test": 4})
+    run(neo, other, tmp_path / "b", "assin2")
+    file = tmp_path / "a/predictions/assin2-test/predictions.jsonl"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/guesses.jsonl").write_text(file.read_text())
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(file.read_text())
+    a, b = tmp_path / "a", tmp_path / "b"
+    for given, line in [
+        ([a, b], f"--data: {file} is of {data} and {str(file).replace('/a/', '/b/')} is of {other}; give the folder of "
+                 "the files that both were made from"),
+        ([a, moved], f"--data: {moved} is in no results.json; give the folder of the files it was made from"),
+        ([a, a, f"--data={other}"], f'{file}:5: "4" is not among the 4 examples; give --data and --split of this file'),
+        ([a, a, "--split=dev"], f"--compare: {a} has no predictions of the split and rule that are asked for; leave "
+                                "them out"),
+        ([a, tmp_path / "old"], f"{tmp_path / 'old'}: has guesses.jsonl of an older version; rename it to "
+                                "predictions.jsonl, and give --data"),
+        ([a, tmp_path], f"{tmp_path}/predictions.jsonl: no such file; give a folder of gloria.finetune or "
+                        "gloria.evaluate, or its predictions.jsonl"),
+        ([a, a, "--task=rte"], f"{a}/results.json: lists no predictions of rte; name a folder that has them"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError) as error:
+            evaluate.main(["--task=assin2", "--compare", *map(str, given)])
+        assert error.value.problems[0] == line
+    assert evaluate.main(["--task=assin2", f"--data={data}", "--compare", str(a), str(moved)]) == 0
+
+
+def test_results_of_another_model_or_request_are_never_replaced(neo, data, tmp_path, monkeypatch):
+    """Two models called `model` wrote to one folder, and the first predictions were lost."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("A", "B"):
+        shutil.copytree(neo, f"runs/{name}/model")
+
+    def score(*flags: str) -> None:
+        assert evaluate.main(["--task=assin2", f"--data={data}", "--device=cpu", *flags]) == 0
+
+    score("--model=runs/A/model")
+    score("--model=runs/B/model")
+    score("--model=runs/A/model", "--shots=1")
+    score("--model=runs/A/model")  # again: the same folder
+    found = {str(path.parent): json.loads(path.read_text()) for path in Path().rglob("results.json")}
+    folders = ["runs/evaluate/A-model/assin2", "runs/evaluate/A-model/assin2-2", "runs/evaluate/B-model/assin2"]
+    assert sorted(found) == folders
+    assert [found[folder]["model"] for folder in folders] == ["runs/A/model", "runs/A/model", "runs/B/model"]
+    assert [found[folder]["results"][0]["settings"] for folder in folders] == [{}, {"shots": 1}, {}]
+    with pytest.raises(UserError) as error:
+        score("--model=runs/B/model", f"--out={folders[0]}")
+    assert error.value.problems == (
+        f"--out: {folders[0]} has results of {tmp_path}/runs/A/model, with other tasks, files or settings; choose "
+        "another folder",
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--task=calme"], 'calme: unknown task; did you mean "calame"?'),
-        (["--task=assin2", "--rule=strict"], "--rule: no task of assin2 has a use for it; leave it out"),
-        (["--task=calame", "--length=8"], "--length: no task of calame has a use for it; leave it out"),
+        (["--task=assin2", "--rule=strict"], "--rule: no task of assin2 uses it; leave it out"),
+        (["--task=calame", "--length=8"], "--length: no task of calame uses it; leave it out"),
         (["--task=calame", "--rule=papr"], '--rule: unknown rule papr; did you mean "paper"?'),
         (["--task=calame", "--batch=0"], "--batch: must be at least 1, not 0"),
-        (
-            ["--task=calame", "--shots=2"],
-            "--shots: calame is a text to go on with, without examples before it; leave it out",
-        ),
-        (
-            ["--task=exams", "--method=generation"],
-            "--method: generation is a way to ask for pairs, not exams; leave it out",
-        ),
+        (["--task=calame", "--shots=2"], "--shots: no task of calame uses it; leave it out"),
+        (["--task=exams", "--method=generation"], "--method: no task of exams uses it; leave it out"),
         (
             ["--task=squad1"],
-            "--task: squad1 asks for a span, which takes a head; fine-tune the model on it first",
+            "--task: squad1 is answered by a span, which needs a head; fine-tune the model on it first",
         ),
     ],
 )
@@ -184,7 +243,7 @@ def test_a_fine_tuned_folder_scores_as_it_did_when_it_was_saved(neo, data, tmp_p
     assert (record["split"], before["split"]) == ("test", "test")
     for name, score in before["scores"].items():
         assert record["scores"][name]["value"] == pytest.approx(score["value"], abs=1e-4)
-    with pytest.raises(UserError, match="has heads for assin2, not calame; give the model before it was tuned"):
+    with pytest.raises(UserError, match="has heads for assin2, not calame; give the model before fine-tuning"):
         run(tmp_path / "run", data, tmp_path / "other", "calame")
 
 

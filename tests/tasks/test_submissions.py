@@ -11,15 +11,15 @@ import pytest
 
 from gloria.errors import UserError
 from gloria.tasks.catalog import TASKS
-from gloria.tasks.examples import ChoicePrediction, Pair, PairPrediction, Span, SpanPrediction, WordPrediction
+from gloria.tasks.examples import ChoicePrediction, LastWord, Pair, PairPrediction, Span, SpanPrediction, WordPrediction
 from gloria.tasks.submissions import read_predictions, write_predictions, write_submission
 
 PAIRS = [Pair("1", "É & foi", 'disse "não"', "None", 1.0), Pair("2", "a <b>", "c", "Entailment", 5.0)]
 
 
 def test_assin_is_read_back_by_its_reader(tmp_path: Path) -> None:
-    guesses = {"1": PairPrediction("Entailment", 2.25), "2": PairPrediction("None", 1.5)}
-    (path,) = write_submission(TASKS["assin2"], PAIRS, guesses, tmp_path / "new")
+    predictions = {"1": PairPrediction("Entailment", 2.25), "2": PairPrediction("None", 1.5)}
+    (path,) = write_submission(TASKS["assin2"], PAIRS, predictions, tmp_path / "new")
     assert path.name == "assin2.xml"
     task = TASKS["assin2"]
     assert task.reader(path, task).examples == [
@@ -40,8 +40,8 @@ def test_varieties_have_a_file_each_with_the_ids_of_their_gold(tmp_path: Path) -
 
 
 def test_glue_wants_every_row(tmp_path: Path) -> None:
-    guesses = {"1": PairPrediction("not_entailment"), "2": PairPrediction("entailment")}
-    (path,) = write_submission(TASKS["rte"], PAIRS, guesses, tmp_path)
+    predictions = {"1": PairPrediction("not_entailment"), "2": PairPrediction("entailment")}
+    (path,) = write_submission(TASKS["rte"], PAIRS, predictions, tmp_path)
     assert path.name == "RTE.tsv"
     assert path.read_text() == "index\tprediction\n1\tnot_entailment\n2\tentailment\n"
     (path,) = write_submission(
@@ -54,13 +54,13 @@ def test_glue_wants_every_row(tmp_path: Path) -> None:
 
 def test_squad_says_nothing_where_no_answer_is_better(tmp_path: Path) -> None:
     spans = [Span("a", "q", "c"), Span("b", "q", "c")]
-    guesses = {"a": SpanPrediction("maçã", -1.0), "b": SpanPrediction("x", 0.25)}
-    (path,) = write_submission(TASKS["squad2"], spans, guesses, tmp_path)
+    predictions = {"a": SpanPrediction("maçã", -1.0), "b": SpanPrediction("x", 0.25)}
+    (path,) = write_submission(TASKS["squad2"], spans, predictions, tmp_path)
     assert json.loads(path.read_bytes()) == {"a": "maçã", "b": ""}
 
 
 @pytest.mark.parametrize(
-    ("task", "guesses"),
+    ("task", "predictions"),
     [
         ("assin2", {"1": PairPrediction("None", 2.5), "2": PairPrediction()}),
         ("squad2", {"a": SpanPrediction("maçã", -1.5), "b": SpanPrediction("")}),
@@ -68,16 +68,18 @@ def test_squad_says_nothing_where_no_answer_is_better(tmp_path: Path) -> None:
         ("wsc", {"0": ChoicePrediction(1)}),
     ],
 )
-def test_guesses_come_back(tmp_path: Path, task: str, guesses: dict) -> None:
-    write_predictions(tmp_path / "a.jsonl", guesses)
-    assert read_predictions(TASKS[task], tmp_path / "a.jsonl") == guesses
+def test_predictions_come_back(tmp_path: Path, task: str, predictions: dict) -> None:
+    write_predictions(tmp_path / "a.jsonl", predictions)
+    assert read_predictions(TASKS[task], tmp_path / "a.jsonl", [LastWord(id, "a", "b") for id in predictions]) == (
+        predictions
+    )
 
 
 def test_what_json_cannot_say(tmp_path: Path) -> None:
     write_predictions(
         tmp_path / "a.jsonl", {"1": PairPrediction("None", math.nan), "2": PairPrediction(None, math.inf)}
     )
-    assert read_predictions(TASKS["assin2"], tmp_path / "a.jsonl") == {
+    assert read_predictions(TASKS["assin2"], tmp_path / "a.jsonl", PAIRS) == {
         "1": PairPrediction("None"),
         "2": PairPrediction(None, 1e308),
     }
@@ -86,9 +88,13 @@ def test_what_json_cannot_say(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(UserError, match=r"a.jsonl: no such file; give predictions that gloria.evaluate wrote$"):
-        read_predictions(TASKS["wsc"], path)
-    path.write_text('{"id": "1", "label": "None"}\n{"id": "2", "choice": "1"}\n{"id": "3", "choice": 1}\n{"id": "3"}\n')
+        read_predictions(TASKS["wsc"], path, PAIRS)
+    path.write_text(
+        '{"id": "1", "label": "None"}\n{"id": "2", "choice": "1"}\n{"id": "2", "choice": 1}\n{"id": "2"}\n'
+        '{"id": "3", "choice": 1}\n'
+    )
     with pytest.raises(UserError) as error:
-        read_predictions(TASKS["wsc"], path)
-    told = "is no prediction of wsc; id, once each, and choice are expected"
-    assert error.value.problems == tuple(f"{path}:{line}: {told}" for line in (1, 2, 4))
+        read_predictions(TASKS["wsc"], path, PAIRS)
+    wrong = "is no prediction of wsc; id, once each, and choice are expected"
+    other = '"3" is not among the 2 examples; give --data and --split of this file'
+    assert error.value.problems == (*(f"{path}:{line}: {wrong}" for line in (1, 2, 4)), f"{path}:5: {other}")

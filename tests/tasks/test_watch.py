@@ -19,6 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gloria.evaluate as evaluate
+import gloria.tasks.evaluation as evaluation
 import gloria.tasks.watch as watching
 from gloria.dist import signals
 from gloria.dist.manifest import checkpoint_path, saved_steps
@@ -123,6 +124,7 @@ def test_every_checkpoint_is_scored_once_in_order_as_plain_evaluation_does(run, 
     for record, other in zip(found, expected, strict=True):
         other["counts"].pop("seconds", None)
         del record["step"], record["launch"], record["saved_at"]
+        other.pop("predictions", None)
         assert record == other
 
     board = EventAccumulator(str(run / "tensorboard/eval")).Reload()
@@ -138,6 +140,17 @@ def test_another_task_is_scored_of_the_checkpoints_that_lack_it(run, data):
     assert keys(run) == [key for key in ALL if key[1] == "calame"]
     assert look(run, data) == 0
     assert sorted(keys(run)) == sorted(ALL)
+
+
+def test_other_files_or_flags_are_refused_and_not_taken_for_scored(run, data, tmp_path, capsys):
+    assert look(run, data, "--task=calame", f"--data={data}") == 0
+    other = shutil.copytree(data, tmp_path / "other")
+    assert look(run, data, "--task=calame", f"--data={other}") == 2
+    assert capsys.readouterr().err == (
+        f"error: {run}/scores.jsonl:1: calame was scored with --data {data} --rule first-word,log-likelihood, and is "
+        f"now asked for with --data {other} --rule first-word,log-likelihood; give the same flags, or move the file "
+        "away\n"
+    )
 
 
 def test_half_a_write_is_taken_out_and_scored_again(run, data, capsys):
@@ -173,14 +186,14 @@ def test_a_damaged_checkpoint_is_named_once_and_passed_over_until_there_is_anoth
 
 
 def test_a_checkpoint_that_is_pruned_while_it_is_read_leaves_nothing(run, data, capsys, monkeypatch):
-    load = evaluate.load_model
+    load = evaluation.load_model
 
     def load_late(name: str, **options: bool) -> Any:
         if name.endswith("step-00000004"):
             remove_checkpoint(Path(name))
         return load(name, **options)
 
-    monkeypatch.setattr(evaluate, "load_model", load_late)
+    monkeypatch.setattr(evaluation, "load_model", load_late)
     assert look(run, data) == 0
     assert keys(run) == [key for key in ALL if key[0] != 4]
     (line,) = capsys.readouterr().err.splitlines()
@@ -189,7 +202,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_leaves_nothing(run, data, 
 
 
 def test_a_checkpoint_may_go_once_it_is_loaded(run, data, monkeypatch):
-    load = evaluate.load_language_model
+    load = evaluation.load_language_model
 
     def load_and_prune(name: str, *rest: Any) -> Any:
         loaded = load(name, *rest)
@@ -198,15 +211,15 @@ def test_a_checkpoint_may_go_once_it_is_loaded(run, data, monkeypatch):
             monkeypatch.setattr(watching, "identity", lambda run, step, own=watching.identity: own(run, step))
         return loaded
 
-    monkeypatch.setattr(evaluate, "load_language_model", load_and_prune)
-    answer = evaluate.evaluate_language_model
+    monkeypatch.setattr(evaluation, "load_language_model", load_and_prune)
+    answer = evaluation.score_language_model
 
-    def answer_late(*rest: Any) -> Iterator[dict[str, Any]]:
+    def answer_late(*rest: Any) -> Iterator[evaluation.Scored]:
         if checkpoint_path(run, 4).exists():
             remove_checkpoint(checkpoint_path(run, 4))
         return answer(*rest)
 
-    monkeypatch.setattr(evaluate, "evaluate_language_model", answer_late)
+    monkeypatch.setattr(evaluation, "score_language_model", answer_late)
     assert look(run, data) == 0
     assert keys(run) == ALL
 
@@ -264,7 +277,7 @@ def test_a_failed_run_is_scored_and_ends_the_watch_with_1(run, data, capsys):
 
 
 def test_a_failure_that_is_tried_again_at_once_is_no_end(run):
-    watcher = watching.Watcher(run, [])
+    watcher = watching.Watcher(run, {})
     set_status(run, "failed")
     assert watcher.look() == watching.WAIT
     claim = lock_run(run, "again")
@@ -341,10 +354,11 @@ def test_two_ranks_take_the_same_way(run, trained, data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--model=x"], "--model and --watch: both are given; give a model's folder, or a run that is to be watched"),
+        (["--model=x"], "--model and --watch: both are given; give a model's folder, or a run to watch"),
         (["--poll=0"], "--poll: 0 s is no pause; give up to 600, such as 30"),
         (["--out=x"], "--out: --watch writes in {run} itself, and no predictions; leave it out"),
-        (["--task=squad1"], "--task: squad1 asks for a span, which takes a head; fine-tune the model on it first"),
+        (["--task=squad1"], "--task: squad1 is answered by a span, which needs a head; fine-tune the model on it "
+                            "first"),
         (["--task=perplexity", "--data=nowhere"], "--data: nowhere is neither a text file nor a prepared corpus; "
                                                   "perplexity needs one of them"),
     ],

@@ -1,0 +1,195 @@
+"""Score a model on tasks: what `python -m gloria.evaluate` does, and with `--watch` does with each checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from gloria.dist.checkpoint_read import read_trainer
+from gloria.dist.process import Process
+from gloria.errors import UserError
+from gloria.tasks.examples import Example, Prediction
+from gloria.tasks.formats.files import Loaded as Read
+from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
+from gloria.tasks.models.backbones import Loaded, load_model
+from gloria.tasks.models.finetuned import FinetunedModel, find_tuned, load_tuned, predict, task_heads
+from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, EvalSettings, answers, corpus_texts, perplexity
+from gloria.tasks.report import score_record
+from gloria.tasks.task import Task
+
+PERPLEXITY = "perplexity"
+# The flags that change a score, and the families of tasks that they are for.
+USES = {
+    "method": {"pair"},
+    "shots": {"pair", "choice"},
+    "seed": {"pair", "choice"},
+    "rule": {"last_word"},
+    "length": {PERPLEXITY},
+    "stride": {PERPLEXITY},
+}
+Request = tuple[Task | None, Path | None]  # a task, None for perplexity, and its files, None for the run's own corpus
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of gloria.evaluate that a score depends on; None where not given."""
+
+    split: str | None
+    method: str
+    shots: int | None
+    seed: int
+    rule: str | None
+    length: int | None
+    stride: int | None
+    batch: int
+    precision: str
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return tuple(self.rule.split(",")) if self.rule else (*RULES, LOG_LIKELIHOOD)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def given(self, families: Collection[str] | None = None) -> dict[str, Any]:
+        """The flags that were given and that tasks of these families use; None: of any."""
+        given = {flag: getattr(self, flag) for flag, users in USES.items() if families is None or users & set(families)}
+        given |= {"split": self.split, "precision": self.precision}
+        without = {"method": LIKELIHOOD, "seed": 0, "precision": "fp32"}
+        return {flag: value for flag, value in given.items() if value != without.get(flag)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A record for results.json, and the predictions that it is of; None for perplexity, which has none."""
+
+    record: dict[str, Any]
+    task: Task | None = None
+    examples: Sequence[Example] = ()
+    predictions: Mapping[str, Prediction] | None = None
+
+
+def about(request: Request, options: Options) -> dict[str, Any]:
+    """What a score depends on besides the model: the files, and the flags that were given and that the task uses."""
+    task, folder = request
+    settings = options.given({task.family if task else PERPLEXITY})
+    return {"data": str(folder.absolute()) if folder else "the run's own corpus", "settings": settings}
+
+
+def load_and_score(
+    model: str, requests: Sequence[Request], options: Options, process: Process
+) -> tuple[str, Iterator[Scored]]:
+    """Load a model; its name (of a run with the step) and its scores, one a task, rule or source of a corpus."""
+    if folder := find_tuned(model):
+        if unused := options.given().keys() & USES.keys():
+            raise UserError(f"--{min(unused)}: {folder} predicts with its head, which has no use for it; leave it out")
+        tuned = load_tuned(folder, process.device)
+        tuned.model.to(options.dtype)
+        return tuned.source, (score_head(tuned, task, folder, options, process) for task, folder in requests)
+    loaded, corpus = load_language_model(model, requests, options, process)
+    return loaded.source, score_language_model(loaded, corpus, requests, options, process)
+
+
+def load_language_model(
+    model: str, requests: Sequence[Request], options: Options, process: Process
+) -> tuple[Loaded, Path | None]:
+    """The model (of a run, its newest checkpoint) on this rank's device, and its own corpus if a task needs it."""
+    loaded = load_model(model, language_model=True)
+    loaded.language_model.to(process.device, options.dtype).eval()
+    own = (None, None) in requests
+    # Read at once: a checkpoint under watch may be gone before it is scored.
+    return loaded, Path(read_trainer(Path(loaded.source))["recipe"]["data"]["corpus"]) if own else None
+
+
+def score_language_model(
+    loaded: Loaded, corpus: Path | None, requests: Sequence[Request], options: Options, process: Process
+) -> Iterator[Scored]:
+    """The scores of a language model on some tasks; `corpus` is the text of a perplexity without a text of its own."""
+    for request in requests:
+        task, folder = request
+        if task is None:
+            found = _score_text(loaded, folder or corpus, options, process)
+        else:
+            found = _score_task(loaded, task, folder, options, process)
+        for scored in found:
+            scored.record.update(about(request, options))
+            yield scored
+
+
+def score_head(tuned: FinetunedModel, task: Task | None, folder: Path, options: Options, process: Process) -> Scored:
+    """The scores of a fine-tuned head on a task with the same inputs and outputs."""
+    own = tuned.task
+    if task is None or task.family != own.family or task_heads(task) != tuned.inputs.heads or task.labels != own.labels:
+        name = PERPLEXITY if task is None else task.name
+        raise UserError(
+            f"--task: {tuned.source} has heads for {own.name}, not {name}; give the model before fine-tuning"
+        )
+    split = options.split or task.reported_split(folder)
+    read = task.load(folder, split)
+    started = perf_counter()
+    found, encoded = predict(tuned, read.examples, options.batch, process)
+    counts = {**read.counts, f"longer than {tuned.inputs.max_length} tokens": encoded.truncated}
+    counts |= {"seconds": round(perf_counter() - started, 2)}
+    record = score_record(task, split, read.examples, found, data=folder, method="fine-tuned head", counts=counts)
+    return Scored(record | about((task, folder), options), task, read.examples, found)
+
+
+def _score_task(loaded: Loaded, task: Task, folder: Path, options: Options, process: Process) -> Iterator[Scored]:
+    """The scores of a language model on a task, one a rule."""
+    split, read, shots, train = read_task(task, folder, options)
+    settings = EvalSettings(options.method, shots, options.seed, options.rules, options.batch)
+    if process.is_main:
+        print(f"scoring    {task.name} {split}: {len(read.examples)} examples of {folder}", flush=True)
+    started = perf_counter()
+    every = list(answers(loaded, task, read.examples, train, settings, process))
+    seconds = round(perf_counter() - started, 2)  # of all rules together: they share what they read
+    for found in every:
+        counts = {**read.counts, "prompts cut to fit": found.cut, "seconds": seconds}
+        how = {"rule": found.rule, "data": folder, "method": found.method, "counts": counts}
+        record = score_record(task, split, read.examples, found.guesses, **how)
+        yield Scored(record, task, read.examples, found.guesses)
+
+
+def read_task(task: Task, folder: Path, options: Options) -> tuple[str, Read, int, list[Example]]:
+    """The split to score, its examples, the number of solved examples in a prompt, and those to choose them from."""
+    if task.family == "span":
+        raise UserError(
+            f"--task: {task.name} is answered by a span, which needs a head; fine-tune the model on it first"
+        )
+    split = options.split or task.reported_split(folder)
+    read = task.load(folder, split)
+    shots = options.shots if task.family in USES["shots"] else 0
+    if shots is None:
+        shots = 5 if options.method == GENERATION and task.family in USES["method"] else 0
+    return split, read, shots, task.read(folder, "train") if shots else []
+
+
+def _score_text(loaded: Loaded, path: Path, options: Options, process: Process) -> Iterator[Scored]:
+    """The perplexity of a text file, or of each source of a corpus."""
+    length = options.length or loaded.max_length
+    if length is None:
+        raise UserError(f"--length: {loaded.source} has no known limit; give the length of a window in tokens")
+    if loaded.max_length is not None and length > loaded.max_length:
+        raise UserError(f"--length: {length} is more than the model sees, {loaded.max_length}; lower it")
+    stride = options.stride or max(length // 2, 1)
+    if stride > length:
+        raise UserError(f"--stride: {stride} is more than the {length} tokens of a window; lower it")
+    there = {name: texts for name, texts in corpus_texts(path).items() if texts}
+    if not there:
+        raise UserError(f"--data: {path} has no held-out text; give another corpus, or a text file")
+    method = f"windows of {length} tokens, stride {stride}; each document on its own, its EOS not scored"
+    for name, texts in there.items():
+        if process.is_main:
+            print(f"scoring    {PERPLEXITY} {name}: {len(texts)} documents of {path}", flush=True)
+        started = perf_counter()
+        scores, counts = perplexity(loaded, texts, length, stride, options.batch, process)
+        n = counts["tokens"]
+        counts["seconds"] = round(perf_counter() - started, 2)
+        record = {"task": PERPLEXITY, "split": name, "method": method, "n": n, "counts": counts}
+        yield Scored(record | {"scores": {key: {"value": value, "n": n} for key, value in scores.items()}})
