@@ -1,6 +1,6 @@
 """Turn a checkpoint of a run into a Hugging Face folder, or a fine-tuned model into a class of transformers.
 
-    python -m gloria.export --run runs/demo --out models/demo [--step 1000] [--dtype bfloat16]
+    python -m gloria.export --run runs/demo --out models/demo [--step 1000] [--precision bf16]
     python -m gloria.export --tuned runs/assin2-entailment/model --out models/assin2
 
 One process, no process group, whatever number of ranks saved the checkpoint; at most a few GB of memory for a run, two
@@ -16,7 +16,9 @@ from gloria.config.cli import argument_parser
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.errors import UserError, run_command
 from gloria.model.config import TransformerConfig, count_parameters
-from gloria.model.huggingface import DTYPES, write_folder
+from gloria.model.huggingface import write_folder
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tuned", type=Path, help="instead: a fine-tuned model with one head, or its run")
     parser.add_argument("--step", type=int, help="of which step; by default the newest checkpoint that is whole")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not be there yet")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="how the weights are stored")
+    parser.add_argument("--precision", "--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored weights")
     arguments = parser.parse_args(argv)
     if arguments.tuned:
         return export_tuned(arguments)
@@ -35,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     shape = TransformerConfig.from_dict(read_trainer(checkpoint)["model"])
     tensors = read_full_tensors(checkpoint, "model.")
-    write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", arguments.dtype)
-    total = count_parameters(shape)["total"]
-    print(f"{arguments.out}: {total:,} parameters ({arguments.dtype}) from {checkpoint}")
+    dtype = DTYPES[arguments.precision]
+    write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", dtype)
+    print(f"{arguments.out}: {count_parameters(shape)['total']:,} parameters ({dtype}) from {checkpoint}")
     return 0
 
 
@@ -51,18 +53,18 @@ def export_tuned(arguments: argparse.Namespace) -> int:
         raise UserError("--tuned: stands for a model of its own beside --run; give one of them")
     if arguments.step is not None:
         raise UserError("--step: is for --run; leave it out")
-    if arguments.dtype != "float32":
-        raise UserError(f"--dtype: {arguments.dtype} is for --run, a fine-tuned model stays float32; leave it out")
+    if DTYPES[arguments.precision] != "float32":
+        raise UserError("--precision: is for --run, a fine-tuned model stays fp32; leave it out")
     if arguments.out.exists():
         raise UserError(f"--out: {arguments.out} is already there; give another folder or remove it")
     folder = find_tuned(arguments.tuned)
     if folder is None:
         raise UserError(f"--tuned: {arguments.tuned} holds no task.json; give the folder that a fine-tuning wrote")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    told = export_head(folder, arguments.out)
+    result = export_head(folder, arguments.out)
     if not arguments.out.exists():
-        raise UserError(f"--tuned: {folder} cannot be exported ({told.removeprefix('none: ')}); use it with gloria")
-    print(told)
+        raise UserError(f"--tuned: {folder} cannot be exported ({result.removeprefix('none: ')}); use it with gloria")
+    print(result)
     return 0
 
 

@@ -108,10 +108,19 @@ def parse_json_object(data: bytes, place: object) -> dict[str, Any]:
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file that the user has named; a UserError that ends with `remedy` where it holds none."""
+    """The JSON object in a file that the user has named; a UserError that ends with `remedy` where it holds none.
+
+    Symbolic links are followed, as in the hub's cache; pipes, endless files and endless nesting are refused.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no plain file; {remedy}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise UserError(f"{path}: has more than the {MAX_JSON_BYTES} bytes such a file may have; {remedy}")
+        values = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON and giant integers are ValueErrors
         raise UserError(f"{path}: is no JSON ({error}); {remedy}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: is no JSON object; {remedy}")
@@ -171,12 +180,7 @@ def replacement(folder: Path) -> Iterator[Path]:
     shutil.rmtree(work, ignore_errors=True)
     try:
         yield work
-        for path in [*work.rglob("*"), work]:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        _finish_files(work)
         if folder.exists():
             os.rename(folder, old)
         os.rename(work, folder)
@@ -258,12 +262,20 @@ def _remove_stale(folder: Path, out: Path) -> None:
 
 def publish(made: Path, out: Path, *, replace: bool = False) -> None:
     """Rename the finished folder `made` to `out`, durably; with `replace` a folder there goes into `made`'s parent."""
-    for folder, _, names in os.walk(made):
-        for name in names:
-            with open(Path(folder, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(folder)
+    _finish_files(made)
     if replace and out.exists():
         out.rename(made.parent / "replaced")
     made.rename(out)
     sync_folder(out.absolute().parent)
+
+
+def _finish_files(made: Path) -> None:
+    """Make all files of a folder durable, and readable as any new file is: safetensors gives its own mode 0600."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for folder, _, names in os.walk(made):
+        for name in names:
+            with open(Path(folder, name), "rb") as file:
+                os.fchmod(file.fileno(), 0o666 & ~mask)
+                os.fsync(file.fileno())
+        sync_folder(folder)

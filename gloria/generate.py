@@ -1,73 +1,74 @@
-"""Continue a text with a Hugging Face folder, ours or another.
+"""Continue a text with a run, one of its checkpoints, or a Hugging Face folder, ours or another.
 
-    python -m gloria.generate --model models/demo --prompt "Era uma vez" [--greedy | --temperature 0.8 --top-p
-    0.95]
+    python -m gloria.generate --model runs/demo --prompt "Era uma vez" [--greedy | --temperature 0.8 --top-p 0.95]
 
-Generation itself is that of transformers. The same flags give the same text: the seed is 0 unless told.
+The same flags give the same text on the same machine: the seed is 0 by default.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gloria.config.cli import argument_parser
 from gloria.errors import UserError, run_command, warn
-from gloria.model.huggingface import weight_files
+from gloria.model.decode import begin, end_ids
+from gloria.model.transformer import Transformer
+from gloria.tasks.models.backbones import load_model
 
 # What sampling takes where a flag is not given; with --greedy none of them may be.
 _SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 0}
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     arguments = _read_arguments(argv)
-    folder = arguments.model
-    weight_files(folder)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({_first_line(error)}); give a causal model's folder") from None
-    ids = prompt_ids(tokenizer, arguments.prompt, config.model_type)
-    limit = new_token_limit(len(ids), arguments.max_new_tokens, getattr(config, "max_position_embeddings", None))
+    loaded = load_model(str(arguments.model), language_model=True)
+    model, tokenizer = loaded.language_model, loaded.tokenizer
+    assert model is not None
+    ids = prompt_ids(tokenizer, arguments.prompt, document_start=isinstance(model, Transformer))
+    limit = new_token_limit(len(ids), arguments.max_new_tokens, loaded.max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            use_safetensors=True,
-            # bf16 has no fast kernels on many CPUs
-            dtype="auto" if device.type == "cuda" else torch.float32,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({_first_line(error)}); give a causal model's folder") from None
     torch.manual_seed(arguments.seed)
-    prompt = torch.tensor([ids], device=device)  # (1, prompt)
-    output = model.to(device).generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=limit,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **_sampling(arguments),
-    )
+    rows, logits = begin(model.to(device).eval(), [ids], limit, device)
+    ends, made = end_ids(model, tokenizer.eos_token_id), list(ids)
+    while True:
+        token = logits.argmax(dim=1) if arguments.greedy else sample(logits, arguments)
+        if token.item() in ends:
+            break
+        made.append(int(token))
+        if len(made) == len(ids) + limit:
+            break
+        logits = rows.step(token)
     # Decoded with the prompt: alone, a first piece may lose its leading space.
-    given, whole = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids, output[0].tolist()))
+    given, whole = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids, made))
     print(arguments.prompt + whole[len(given) :])
     return 0
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, model_type: str) -> list[int]:
-    """The ids to continue. GPT-2 and GPT-Neo saw EOS at a document's start, which their tokenizers do not add."""
+def sample(logits: Tensor, arguments: argparse.Namespace) -> Tensor:
+    """Draw the next token of each row, (rows,), from logits (rows, vocab): temperature, then top-k, then top-p.
+
+    Top-p (arXiv 1904.09751) keeps the smallest set of likeliest tokens that make up the share, so always one.
+    """
+    values, tokens = (logits / arguments.temperature).sort(descending=True)
+    if arguments.top_k:
+        values[:, arguments.top_k :] = float("-inf")
+    probabilities = values.softmax(dim=1)
+    likelier = probabilities.cumsum(dim=1) - probabilities
+    chosen = torch.multinomial(probabilities.masked_fill(likelier >= arguments.top_p, 0.0), 1)
+    return tokens.gather(1, chosen)[:, 0]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, document_start: bool) -> list[int]:
+    """The ids to continue. Our own models saw EOS at a `document_start`, which their tokenizers do not add."""
     ids = tokenizer(prompt, split_special_tokens=True)["input_ids"]
     start = tokenizer.eos_token_id
-    if model_type in ("gpt2", "gpt_neo") and start is not None and ids[:1] != [start]:
+    if document_start and ids[:1] != [start]:
         ids = [start, *ids]
     if not ids:
         raise UserError("--prompt: is empty, and this model has no token to begin with; give some text")
@@ -75,7 +76,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, model_type: str)
 
 
 def new_token_limit(prompt_tokens: int, max_new_tokens: int, positions: int | None) -> int:
-    """How many tokens fit behind the prompt; fewer than asked for are said, none is a `UserError`."""
+    """How many tokens fit behind the prompt; fewer than requested are reported, none is a `UserError`."""
     if positions is None:
         return max_new_tokens
     room = positions - prompt_tokens
@@ -93,8 +94,10 @@ def new_token_limit(prompt_tokens: int, max_new_tokens: int, positions: int | No
 
 
 def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argument_parser("python -m gloria.generate", "Continue a text with a Hugging Face folder.")
-    parser.add_argument("--model", type=Path, required=True, help="the folder")
+    parser = argument_parser("python -m gloria.generate", "Continue a text with a run or a Hugging Face folder.")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a run, one of its checkpoints, or a Hugging Face folder"
+    )
     parser.add_argument("--prompt", required=True, help='the text to continue; "" begins a document')
     parser.add_argument("--max-new-tokens", type=int, default=128, help="at most; less where the text ends")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token, no sampling")
@@ -121,8 +124,8 @@ def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
             for name in _SAMPLING
             if getattr(arguments, name) is not None
         ]
-    if not (arguments.model / "config.json").is_file():
-        problems.append(f"--model: {arguments.model} is no Hugging Face folder (no config.json); check the path")
+    if not arguments.model.is_dir():
+        problems.append(f"--model: {arguments.model} is no folder; give a run, a checkpoint or a Hugging Face folder")
     if problems:
         raise UserError(*problems)
     for name, value in _SAMPLING.items():
@@ -131,19 +134,8 @@ def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.greedy:
-        # None: a folder's generation_config.json may set them, which transformers would complain about
-        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    return {"do_sample": True, **{name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}}
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ weights, rows that pad the vocabulary left in."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,9 +58,11 @@ def test_the_weights_of_the_step_asked_for(
     )
 
 
-def test_bfloat16_is_the_rounded_weights(run: tuple, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--dtype", "bfloat16"]])
+def test_bf16_is_the_rounded_weights(run: tuple, tmp_path: Path, flags: list[str]) -> None:
     folder, models = run
-    assert main(["--run", str(folder), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert main(["--run", str(folder), "--out", str(tmp_path / "out"), *flags]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     wanted = models[20].transformer.h[1].mlp.c_fc.weight.detach().bfloat16()
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(stored["transformer.h.1.mlp.c_fc.weight"], wanted)
@@ -77,6 +80,7 @@ def test_mistakes_end_in_one_line(run: tuple, tmp_path: Path, capsys: pytest.Cap
         f"error: {tmp_path}/checkpoints: holds no checkpoint",
         f"error: {folder}/checkpoints: holds no checkpoint of step 15; there are steps 10, 20",
         f"error: {tmp_path}: is there already; remove it or choose another --out",
-        "error: --dtype: invalid choice: 'int8' (choose from 'float32', 'bfloat16'); see --help",
+        "error: --precision/--dtype: invalid choice: 'int8' (choose from 'fp32', 'bf16', 'float32', 'bfloat16'); "
+        "see --help",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -3,16 +3,20 @@ asked for, other text for the same flags, text beyond the end of a document or o
 
 from __future__ import annotations
 
+import shutil
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gloria.data.tokenizer import TextTokenizer
+from gloria.dist.checkpoint import begin_save, publish
+from gloria.dist.state import model_state_dict
 from gloria.errors import UserError, run_command
-from gloria.generate import main, prompt_ids
+from gloria.generate import main, prompt_ids, sample
 from gloria.model.huggingface import write_folder
 from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT_NEO, make_tokenizer, uneven_model
@@ -60,6 +64,36 @@ def test_the_seed_decides_the_text(written: tuple, capsys: pytest.CaptureFixture
     assert generate(capsys, folder, *flags, "--seed", "1") != first
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.3}, {"top_k": 5}, {"top_p": 0.6}, {"temperature": 2.0, "top_k": 9, "top_p": 0.8}]
+)
+def test_tokens_are_drawn_by_the_probabilities_of_transformers(settings: dict) -> None:
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
+    torch.manual_seed(0)
+    logits, draws = 2 * torch.randn(1, 20), 20_000
+    wanted = TemperatureLogitsWarper(settings["temperature"])(None, logits)
+    if settings["top_k"]:
+        wanted = TopKLogitsWarper(settings["top_k"])(None, wanted)
+    wanted = TopPLogitsWarper(settings["top_p"])(None, wanted).softmax(1)[0]
+    drawn = sample(logits.expand(draws, -1), Namespace(**settings)).bincount(minlength=20) / draws
+    assert ((drawn > 0) <= (wanted > 0)).all()
+    assert (drawn - wanted).abs().max() < 6 * (0.25 / draws) ** 0.5  # six standard deviations
+
+
+def test_a_run_and_its_checkpoint_give_the_text_of_their_export(
+    written: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model, _ = written
+    shutil.copytree(folder.parent / "tokenizer", tmp_path / "tokenizer")
+    trainer = {"model": model.shape.to_dict()}
+    state = model_state_dict(model)
+    save = begin_save(tmp_path, 7, state, {}, trainer, rank=0, world=1, launch="test", asynchronous=False)
+    assert publish(save), save.error
+    wanted = generate(capsys, folder, "--max-new-tokens", "9")
+    assert generate(capsys, tmp_path, "--max-new-tokens", "9") == wanted
+    assert generate(capsys, tmp_path / "checkpoints" / "step-00000007", "--max-new-tokens", "9") == wanted
+
+
 def test_the_narrowest_sampling_is_greedy(written: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     folder = written[0]
     flags = ["--max-new-tokens", "12"]
@@ -86,16 +120,16 @@ def test_it_stops_at_the_end_of_a_document(written: tuple, tmp_path: Path, capsy
 def test_a_special_tokens_name_in_the_prompt_is_text(written: tuple) -> None:
     folder, _, tokenizer = written
     text = "antes<|endoftext|>depois"
-    ids = prompt_ids(AutoTokenizer.from_pretrained(folder), text, "gpt_neo")
+    ids = prompt_ids(AutoTokenizer.from_pretrained(folder), text, document_start=True)
     assert ids == [tokenizer.eos_id, *tokenizer.encode(text)]
     assert ids.count(tokenizer.eos_id) == 1
 
 
 def test_other_families_get_no_document_start(written: tuple) -> None:
     tokenizer = AutoTokenizer.from_pretrained(written[0])
-    assert prompt_ids(tokenizer, PROMPT, "llama") == written[2].encode(PROMPT)
+    assert prompt_ids(tokenizer, PROMPT, document_start=False) == written[2].encode(PROMPT)
     with pytest.raises(UserError) as caught:
-        prompt_ids(tokenizer, "", "llama")
+        prompt_ids(tokenizer, "", document_start=False)
     line = "--prompt: is empty, and this model has no token to begin with; give some text"
     assert caught.value.problems == (line,)
 
@@ -118,16 +152,16 @@ def test_text_never_goes_beyond_the_models_positions(written: tuple, capsys: pyt
     assert captured.out == generate(capsys, folder, "--greedy", "--max-new-tokens", str(64 - given)) + "\n"
 
 
-def test_mistakes_are_told_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--max-new-tokens", "0", "--temperature", "0", "--top-k", "-1", "--top-p", "1.5", "--seed", "-3"]
-    assert run_command(main, ["--model", str(tmp_path), "--prompt", "x", *flags]) == 2
+    assert run_command(main, ["--model", "models/none", "--prompt", "x", *flags]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: --max-new-tokens: must be a whole number from 1 on, not 0",
         "error: --temperature: must be a number above 0 (or use --greedy), not 0.0",
         "error: --top-k: must be a whole number from 0 on, not -1",
         "error: --top-p: must be a number above 0 and at most 1, not 1.5",
         "error: --seed: must be a whole number from 0 to 2^63 - 1, not -3",
-        f"error: --model: {tmp_path} is no Hugging Face folder (no config.json); check the path",
+        "error: --model: models/none is no folder; give a run, a checkpoint or a Hugging Face folder",
     ]
 
 
@@ -160,4 +194,6 @@ def test_a_folder_that_is_no_model(written: tuple, tmp_path: Path, capsys: pytes
     assert run_command(main, ["--model", str(tmp_path), "--prompt", "x"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: {tmp_path}: cannot be loaded (The checkpoint you are trying to load has")
+    assert lines[0].startswith(
+        f"error: --model: {tmp_path} cannot be loaded (The checkpoint you are trying to load has"
+    )

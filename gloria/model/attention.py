@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class Masks(NamedTuple):
-    """What is added to attention scores: 0 where a token may look, -inf elsewhere; see `attention_masks`."""
+    """What is added to attention scores: 0 where a token may look, -inf elsewhere.
+
+    The shapes are those of `attention_masks`; those of `cache_masks` are (rows, 1, seq, capacity) both.
+    """
 
     whole: Tensor | None  # (batch, 1, seq, seq); None: plain causality
     local: Tensor | None  # (batch * blocks, 1, window, 2 * window); None: the sequence fits into one window
@@ -26,13 +29,26 @@ def attend(
     window: int,
     scale: float | None,
     dropout: float,
+    cache: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Causal multi-head attention between the projections: (batch, seq, hidden) each, and so the output.
 
     `window` 0 looks back over the whole sequence, otherwise over the last `window` tokens, itself included.
     `scale` None is 1/sqrt(head_dim). `masks` are those of `attention_masks` for the same window and length.
+
+    Keys and values are kept in `cache`, (2, batch, capacity, heads, head_dim), if there is one: at `positions`
+    (batch, seq), where they are attended to with all that the cache holds and the masks of `cache_masks`; without
+    `positions` at 0, 1, ..., where nothing lies before them.
     """
     query, key, value = (x.unflatten(-1, (num_heads, -1)) for x in (query, key, value))
+    if cache is not None and positions is not None:
+        rows = torch.arange(len(query), device=query.device)[:, None]
+        cache[0, rows, positions], cache[1, rows, positions] = key, value
+        mask = masks.local if window else masks.whole
+        return _attention(query, cache[0], cache[1], mask, scale, dropout).flatten(2)
+    if cache is not None:
+        cache[0, :, : key.shape[1]], cache[1, :, : key.shape[1]] = key, value
     if 0 < window < query.shape[1]:
         output = _local_attention(query, key, value, masks.local, window, scale, dropout)
     else:
@@ -102,7 +118,7 @@ def attention_masks(
     if documents is not None:
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         same = documents[:, :, None] == documents[:, None, :]  # (batch, seq, seq)
-        whole = additive_mask(causal & same, dtype)
+        whole = _additive(causal & same, dtype)
     if 0 < window < length:
         blocks = -(-length // window)
         position = torch.arange(window, device=device)
@@ -114,11 +130,18 @@ def attention_masks(
             padded = F.pad(documents, (window, blocks * window - length)).view(batch, blocks + 1, window)
             around = torch.cat((padded[:, :-1], padded[:, 1:]), dim=2)  # (batch, blocks, 2 * window)
             allowed = allowed & (padded[:, 1:, :, None] == around[:, :, None, :])
-        local = additive_mask(allowed.flatten(0, 1), dtype)
+        local = _additive(allowed.flatten(0, 1), dtype)
     return Masks(whole, local)
 
 
-def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def cache_masks(positions: Tensor, capacity: int, window: int, dtype: torch.dtype) -> Masks:
+    """The masks of tokens at `positions` (rows, seq) over a cache with room for `capacity` tokens a row."""
+    distance = positions[:, :, None] - torch.arange(capacity, device=positions.device)  # (rows, seq, capacity)
+    local = _additive((distance >= 0) & (distance < window), dtype) if window else None
+    return Masks(_additive(distance >= 0, dtype), local)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """(batch, queries, keys) booleans as what is added to scores: (batch, 1, queries, keys)."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, float("-inf")).unsqueeze(1)

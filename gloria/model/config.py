@@ -1,39 +1,38 @@
-"""What a model's shape is: presets, the recipe's [model] section, Hugging Face's config.json, and counts.
-
-Imports no torch, so that a recipe is checked, and its parameters told, before anything heavy is loaded.
-"""
+"""A model's shape: presets, the recipe's [model] section, and counts of parameters and operations. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gloria.config.cli import option, suggest
+from gloria.config.cli import from_mapping, option, suggest, to_mapping
 from gloria.errors import UserError
-
-GLOBAL, LOCAL = "global", "local"
+from gloria.model.families import FAMILIES, GLOBAL, LOCAL, MAX_LAYERS, Family, by_turns, fields_of_config
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Everything that decides a model's parameters and the function they compute."""
 
-    architecture: str  # "gpt2" or "gpt-neo"
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int  # width of the MLP's hidden layer
-    max_positions: int  # learned positions, so the longest sequence
-    vocab_size: int  # tokens that can be predicted
-    attention_layers: tuple[str, ...]  # "global" or "local" for each layer
-    window_size: int  # tokens a local layer looks back on, itself included; 0 where no layer is local
-    dropout: float = 0.0  # of embeddings, attention weights and residual branches alike
-    layer_norm_epsilon: float = 1e-5
-    init_std: float = 0.02
+    architecture: str = option(help="a family of FAMILIES", choices=tuple(FAMILIES))
+    num_layers: int = option(minimum=1, maximum=MAX_LAYERS)
+    hidden_size: int = option(minimum=1)
+    num_heads: int = option(minimum=1)
+    intermediate_size: int = option(help="width of the MLP's hidden layer", minimum=1)
+    max_positions: int = option(help="learned positions, so the longest sequence", minimum=1)
+    vocab_size: int = option(help="tokens that can be predicted", minimum=1)
+    attention_layers: tuple[str, ...] = option(help="of each layer", choices=(GLOBAL, LOCAL))
+    window_size: int = option(help="tokens a local layer looks back on, itself included; 0: no layer is", minimum=0)
+    dropout: float = option(0.0, "of embeddings, attention weights and residual branches alike", minimum=0.0)
+    layer_norm_epsilon: float = option(1e-5, above=0.0)
+    init_std: float = option(0.02, above=0.0)
+
+    @property
+    def family(self) -> Family:
+        """The flags that all models of the family share."""
+        return FAMILIES[self.architecture]
 
     @property
     def padded_vocab(self) -> int:
@@ -45,38 +44,28 @@ class TransformerConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def attention_scale(self) -> float | None:
-        """What scores are multiplied with: None is 1/sqrt(head_dim) (GPT-2); GPT-Neo does not scale."""
-        return None if self.architecture == "gpt2" else 1.0
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that each layer looks back on; 0: all of them."""
+        return tuple(self.window_size if kind == LOCAL else 0 for kind in self.attention_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` is the inverse."""
-        return {**dataclasses.asdict(self), "attention_layers": list(self.attention_layers)}
+        return to_mapping(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
-        return cls(**{**values, "attention_layers": tuple(values["attention_layers"])})
-
-
-def _attention_layers(architecture: str, num_layers: int) -> tuple[str, ...]:
-    if architecture == "gpt2":
-        return (GLOBAL,) * num_layers
-    return tuple(LOCAL if layer % 2 else GLOBAL for layer in range(num_layers))
+        """The shape that a checkpoint's trainer.json holds; `UserError` where the values describe no model."""
+        shape = from_mapping(cls, values, "trainer.json: model")
+        if len(shape.attention_layers) != shape.num_layers or shape.hidden_size % shape.num_heads:
+            raise UserError("trainer.json: model: its layers and heads do not fit its sizes; use another checkpoint")
+        return shape
 
 
 def _preset(architecture: str, num_layers: int, hidden_size: int, num_heads: int) -> TransformerConfig:
-    is_gpt2 = architecture == "gpt2"
-    return TransformerConfig(
-        architecture=architecture,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        intermediate_size=4 * hidden_size,
-        max_positions=1024 if is_gpt2 else 2048,
-        vocab_size=50257,
-        attention_layers=_attention_layers(architecture, num_layers),
-        window_size=0 if is_gpt2 else 256,
-    )
+    defaults = {name: default for name, (_, default) in FAMILIES[architecture].sizes.items()}
+    given = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads}
+    given |= {"intermediate_size": 4 * hidden_size, "attention_layers": by_turns(architecture, num_layers)}
+    return TransformerConfig(architecture, **{"window_size": 0, **defaults, **given})
 
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -99,7 +88,11 @@ PRESETS: dict[str, TransformerConfig] = {
 class ModelSection:
     """The recipe's [model] section: a preset or a folder to start from, and what differs from the preset."""
 
-    preset: str | None = option(None, f"a shape, trained from random weights: {', '.join(PRESETS)}")
+    preset: str | None = option(
+        None,
+        f"a shape, trained from random weights: {', '.join(PRESETS)}; "
+        "vLLM and llama.cpp (gguf) serve GPT-2, not GPT-Neo",
+    )
     from_: str | None = option(
         None, "a Hugging Face folder of GPT-2 or GPT-Neo on disk: its shape, and its weights to start from"
     )
@@ -131,199 +124,69 @@ class ModelSection:
     )
 
 
-# What a preset (and never a folder, whose weights have their shape) may be given differently.
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "intermediate_size",
-    "max_positions",
-    "window_size",
-    "vocab_size",
-)
+# What a preset (and never a folder, whose weights have their shape) may be given differently: all but these.
+_SIZES = [item.name for item in fields(ModelSection) if item.name not in ("preset", "from_", "dropout")]
 
 
 def resolve_shape(config: ModelSection, *, vocab_size: int, sequence_length: int) -> TransformerConfig:
-    """The shape a recipe asks for; `vocab_size` is the tokenizer's. `UserError` has every contradiction."""
-    if config.preset is not None and config.from_ is not None:
-        raise UserError(f'model: preset "{config.preset}" and from "{config.from_}" are both given; keep one')
-    if config.from_ is not None:
-        return _shape_of_folder(config, vocab_size, sequence_length)
-    if config.preset is None:
+    """The shape that a recipe requests; `vocab_size` is the tokenizer's. `UserError` has every contradiction."""
+    preset, folder = config.preset, config.from_
+    if preset is not None and folder is not None:
+        raise UserError(f'model: preset "{preset}" and from "{folder}" are both given; keep one')
+    if preset is None and folder is None:
         raise UserError(
             "model: neither preset nor from is given; set model.preset to a shape (gpt-neo-125m) or "
             "model.from to a Hugging Face folder"
         )
-    if config.preset not in PRESETS:
-        raise UserError(f'model.preset: unknown preset "{config.preset}"; {suggest(config.preset, PRESETS)}')
-    return _shape_of_preset(config, vocab_size, sequence_length)
-
-
-def _shape_of_preset(config: ModelSection, vocab_size: int, sequence_length: int) -> TransformerConfig:
-    preset = PRESETS[config.preset]
-    given = {name: getattr(config, name) for name in _SIZES if getattr(config, name) is not None}
-    sizes = {"vocab_size": vocab_size, "dropout": config.dropout, **given}
-    sizes.setdefault("intermediate_size", 4 * sizes.get("hidden_size", preset.hidden_size))
-    num_layers = sizes.get("num_layers", preset.num_layers)
-    shape = replace(preset, attention_layers=_attention_layers(preset.architecture, num_layers), **sizes)
+    if folder is None and preset not in PRESETS:
+        raise UserError(f'model.preset: unknown preset "{preset}"; {suggest(preset, PRESETS)}')
+    given = {name: value for name in _SIZES if (value := getattr(config, name)) is not None}
     problems = []
-    if shape.hidden_size % shape.num_heads:
-        problems.append(
-            f"model.num_heads: {shape.num_heads} does not divide hidden_size {shape.hidden_size}; choose a divisor"
+    if folder is not None:
+        shape = replace(read_shape(folder), dropout=config.dropout)
+        problems += [
+            f"model.{name}: {value} contradicts the {own} of {folder}; leave it out"
+            for name, value in given.items()
+            if value != (own := getattr(shape, name))
+        ]
+        small = (
+            f"model.from: the vocabulary of {folder} ({shape.vocab_size}) is smaller than the "
+            f"tokenizer's ({vocab_size}); prepare the corpus with that folder's tokenizer"
         )
-    if config.window_size is not None and shape.architecture == "gpt2":
-        problems.append(
-            f"model.window_size: {config.window_size} is given, but {config.preset} has no local layers; leave it out"
-        )
-    if shape.vocab_size < vocab_size:
-        problems.append(
+        short = f"the {shape.max_positions} positions of {folder}; shorten it"
+    else:
+        shape = PRESETS[preset]
+        sizes = {"vocab_size": vocab_size, "dropout": config.dropout, **given}
+        sizes.setdefault("intermediate_size", 4 * sizes.get("hidden_size", shape.hidden_size))
+        layers = by_turns(shape.architecture, sizes.get("num_layers", shape.num_layers))
+        shape = replace(shape, attention_layers=layers, **sizes)
+        if shape.hidden_size % shape.num_heads:
+            problems.append(
+                f"model.num_heads: {shape.num_heads} does not divide hidden_size {shape.hidden_size}; choose a divisor"
+            )
+        if config.window_size is not None and LOCAL not in shape.family.attention_kinds:
+            problems.append(
+                f"model.window_size: {config.window_size} is given, but {preset} has no local layers; leave it out"
+            )
+        small = (
             f"model.vocab_size: {shape.vocab_size} is smaller than the tokenizer's {vocab_size}; "
             "leave it out or raise it"
         )
-    if sequence_length > shape.max_positions:
-        problems.append(
-            f"train.sequence_length: {sequence_length} exceeds the model's {shape.max_positions} positions; "
-            f"shorten it or set model.max_positions to {sequence_length}"
+        short = (
+            f"the model's {shape.max_positions} positions; shorten it or set model.max_positions to {sequence_length}"
         )
-    if problems:
-        raise UserError(*problems)
-    return shape
-
-
-def _shape_of_folder(config: ModelSection, vocab_size: int, sequence_length: int) -> TransformerConfig:
-    shape = replace(read_shape(config.from_), dropout=config.dropout)
-    problems = [
-        f"model.{name}: {given} contradicts the {own} of {config.from_}; leave it out"
-        for name in _SIZES
-        if (given := getattr(config, name)) not in (None, own := getattr(shape, name))
-    ]
     if shape.vocab_size < vocab_size:
-        problems.append(
-            f"model.from: the vocabulary of {config.from_} ({shape.vocab_size}) is smaller than the "
-            f"tokenizer's ({vocab_size}); prepare the corpus with that folder's tokenizer"
-        )
+        problems.append(small)
     if sequence_length > shape.max_positions:
-        problems.append(
-            f"train.sequence_length: {sequence_length} exceeds the {shape.max_positions} positions of "
-            f"{config.from_}; shorten it"
-        )
+        problems.append(f"train.sequence_length: {sequence_length} exceeds {short}")
     if problems:
         raise UserError(*problems)
     return shape
-
-
-# Our name -> (key in config.json, the value transformers takes when the key is missing).
-_INTEGERS = {
-    "gpt2": {
-        "num_layers": ("n_layer", 12),
-        "hidden_size": ("n_embd", 768),
-        "num_heads": ("n_head", 12),
-        "intermediate_size": ("n_inner", None),
-        "max_positions": ("n_positions", 1024),
-        "vocab_size": ("vocab_size", 50257),
-    },
-    "gpt_neo": {
-        "num_layers": ("num_layers", 24),
-        "hidden_size": ("hidden_size", 2048),
-        "num_heads": ("num_heads", 16),
-        "intermediate_size": ("intermediate_size", None),
-        "max_positions": ("max_position_embeddings", 2048),
-        "vocab_size": ("vocab_size", 50257),
-        "window_size": ("window_size", 256),
-    },
-}
-_NUMBERS = {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02}
-# Switches that change what the model computes, and the only value our model has of each.
-_SWITCHES = {
-    "activation_function": "gelu_new",
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
 
 
 def read_shape(folder: str | Path) -> TransformerConfig:
-    """The shape in a Hugging Face folder's config.json, with dropout 0 (the recipe decides on dropout).
-
-    Missing keys take the values that transformers gives them. A model that is neither GPT-2 nor GPT-Neo, or a
-    variant that computes something else, is a `UserError` with a line for each obstacle.
-    """
-    path = Path(folder) / "config.json"
-    values = _read_config(path)
-    model_type = values.get("model_type")
-    if model_type not in _INTEGERS:
-        raise UserError(
-            f"{path}: model_type {json.dumps(model_type)} is not supported; give a folder of model_type "
-            '"gpt2" or "gpt_neo"'
-        )
-    problems = [
-        f"{path}: {key} {json.dumps(values[key])} is not supported; only {json.dumps(only)} is"
-        for key, only in _SWITCHES.items()
-        if values.get(key, only) != only
-    ]
-    sizes = {}
-    for name, (key, default) in _INTEGERS[model_type].items():
-        value = values.get(key, default)
-        if value is None and name == "intermediate_size":
-            value = 4 * sizes["hidden_size"]
-        sizes[name] = value
-        if type(value) is not int or value < 1:
-            problems.append(f"{path}: {key} must be a positive whole number, not {json.dumps(value)}; mend it")
-            sizes[name] = 1
-    numbers = {key: values.get(key, default) for key, default in _NUMBERS.items()}
-    for key, value in numbers.items():
-        if type(value) not in (int, float) or not value > 0:
-            problems.append(f"{path}: {key} must be a positive number, not {json.dumps(value)}; mend it")
-    if problems:
-        raise UserError(*problems)
-    if sizes["hidden_size"] % sizes["num_heads"]:
-        raise UserError(
-            f"{path}: {sizes['num_heads']} heads don't divide the hidden size {sizes['hidden_size']}; mend it"
-        )
-    if model_type == "gpt2":
-        layers = _attention_layers("gpt2", sizes["num_layers"])
-    else:
-        layers = _expand_attention_types(path, values.get("attention_types"), sizes["num_layers"])
-    return TransformerConfig(
-        architecture=model_type.replace("_", "-"),
-        attention_layers=layers,
-        layer_norm_epsilon=float(numbers["layer_norm_epsilon"]),
-        init_std=float(numbers["initializer_range"]),
-        **{"window_size": 0, **sizes},
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; give a Hugging Face folder on disk (download the model first)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a Hugging Face folder, which has one") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); copy the folder again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is not a JSON object; copy the folder again")
-    return values
-
-
-def _expand_attention_types(path: Path, attention_types: Any, num_layers: int) -> tuple[str, ...]:
-    """`[[["global", "local"], 12]]` is 24 layers by turns, and also what a missing value means."""
-    if attention_types is None:
-        attention_types = [[[GLOBAL, LOCAL], 12]]
-    try:
-        layers = tuple(kind for kinds, times in attention_types for _ in range(times) for kind in kinds)
-    except (TypeError, ValueError):
-        layers = ()
-    if not layers or not set(layers) <= {GLOBAL, LOCAL}:
-        raise UserError(
-            f"{path}: attention_types {json.dumps(attention_types)} is not of the form "
-            '[[["global", "local"], N]]; mend it'
-        )
-    if len(layers) != num_layers:
-        raise UserError(f"{path}: attention_types names {len(layers)} layers but num_layers is {num_layers}; mend it")
-    return layers
+    """The shape in a Hugging Face folder's config.json, with dropout 0 (the recipe decides on dropout)."""
+    return TransformerConfig(**fields_of_config(folder))
 
 
 def parameter_shapes(shape: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -336,14 +199,14 @@ def parameter_shapes(shape: TransformerConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(shape.num_layers):
         block = f"transformer.h.{layer}"
         sizes[f"{block}.ln_1.weight"] = sizes[f"{block}.ln_1.bias"] = (hidden,)
-        if shape.architecture == "gpt2":
-            sizes[f"{block}.attn.c_attn.weight"] = (3 * hidden, hidden)
-            sizes[f"{block}.attn.c_attn.bias"] = (3 * hidden,)
-            output = f"{block}.attn.c_proj"
-        else:
-            for projection in ("k_proj", "v_proj", "q_proj"):
-                sizes[f"{block}.attn.attention.{projection}.weight"] = (hidden, hidden)
-            output = f"{block}.attn.attention.out_proj"
+        fused, width = ("c_attn",), 3 * hidden
+        if not shape.family.fused_qkv:
+            fused, width = tuple(f"attention.{name}_proj" for name in "kvq"), hidden
+        for projection in fused:
+            sizes[f"{block}.attn.{projection}.weight"] = (width, hidden)
+            if shape.family.qkv_bias:
+                sizes[f"{block}.attn.{projection}.bias"] = (width,)
+        output = f"{block}.attn.{'c_proj' if shape.family.fused_qkv else 'attention.out_proj'}"
         sizes[f"{output}.weight"], sizes[f"{output}.bias"] = (hidden, hidden), (hidden,)
         sizes[f"{block}.ln_2.weight"] = sizes[f"{block}.ln_2.bias"] = (hidden,)
         sizes[f"{block}.mlp.c_fc.weight"], sizes[f"{block}.mlp.c_fc.bias"] = (inner, hidden), (inner,)
@@ -379,8 +242,5 @@ def flops_per_token(shape: TransformerConfig, sequence_length: int) -> int:
     by activation checkpointing does not count.
     """
     counts = count_parameters(shape)
-    reach = sum(
-        sequence_length if kind == GLOBAL else min(sequence_length, shape.window_size)
-        for kind in shape.attention_layers
-    )
+    reach = sum(min(sequence_length, window or sequence_length) for window in shape.windows)
     return 6 * (counts["total"] - counts["position_embedding"]) + 12 * shape.hidden_size * reach

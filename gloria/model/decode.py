@@ -1,41 +1,37 @@
 """Greedy decoding with what the layers have already computed kept: prompts are read once, then one token a step.
 
-Rows of different lengths go on side by side, each at its own position, and those that are over leave. Our own
-models keep keys and values here, behind prompts padded on the right, where a causal model never looks. Models of
-transformers keep them in a cache of theirs, behind prompts padded on the left, as its `generate` has it.
+Rows of different lengths go on side by side, each at its own position, and rows that have ended leave. Our own
+models keep keys and values themselves, behind prompts padded on the right, where a causal model never looks. Models
+of transformers keep them in a cache of theirs, behind prompts padded on the left, as its `generate` does.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gloria.model.attention import additive_mask, attention_masks
-from gloria.model.config import LOCAL
 from gloria.model.transformer import Transformer
 
 
 @dataclass
 class OwnCache:
-    """Rows of a `Transformer` under way. Keys and values of a layer are (rows, heads, capacity, head_dim)."""
+    """Rows of a `Transformer` in progress."""
 
     model: Transformer
     lengths: Tensor  # (rows,) tokens of each row so far
-    longest: int  # the largest of them or more, known without asking the device
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    cache: Tensor  # of `Transformer.new_cache`
 
     def step(self, tokens: Tensor) -> Tensor:
         """Put one token, (rows,), behind each row: fp32 logits of the next, (rows, vocab)."""
         hidden = self.look_ahead(tokens[:, None])
-        self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return _head(self.model, hidden[:, 0])
+        self.lengths = self.lengths + 1
+        return F.linear(hidden[:, 0], self.model.head_weight()).float()
 
     def look_ahead(self, ids: Tensor, back: int = 0) -> Tensor:
         """Hidden states of `ids` (rows, n) as they would be behind each row: (rows, n, hidden).
@@ -43,41 +39,17 @@ class OwnCache:
         The rows stay as long as they are: the next call writes over these tokens. With `back` the first of the ids
         are the last of the row, so many of them, once more.
         """
-        shape = self.model.shape
-        length, width = ids.shape[1], self.longest - back + ids.shape[1]
-        rows = torch.arange(len(ids), device=ids.device)[:, None]
-        positions = self.lengths[:, None] - back + torch.arange(length, device=ids.device)  # (rows, n)
-        distance = positions[:, :, None] - torch.arange(width, device=ids.device)  # (rows, n, width)
-        dtype = self.keys[0].dtype
-        whole = additive_mask(distance >= 0, dtype)
-        local = additive_mask((distance >= 0) & (distance < shape.window_size), dtype)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (x.unflatten(2, (shape.num_heads, -1)) for x in (query, key, value))
-            self.keys[layer][rows, :, positions] = key  # (rows, n, heads, head_dim)
-            self.values[layer][rows, :, positions] = value
-            output = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                self.keys[layer][:, :, :width],
-                self.values[layer][:, :, :width],
-                attn_mask=local if shape.attention_layers[layer] == LOCAL else whole,
-                scale=shape.attention_scale,
-            )
-            return output.transpose(1, 2).flatten(2)
-
-        # Tokens that pad `ids` may lie behind the last position.
-        return _hidden_states(self.model, ids, positions.clamp(max=shape.max_positions - 1), attend)
+        positions = self.lengths[:, None] - back + torch.arange(ids.shape[1], device=ids.device)  # (rows, n)
+        return self.model.hidden_states(ids, positions=positions, cache=self.cache)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone, (n,) numbers, in their order; one may be named several times."""
-        self.lengths = self.lengths[rows]
-        self.keys = [layer[rows] for layer in self.keys]
-        self.values = [layer[rows] for layer in self.values]
+        self.lengths, self.cache = self.lengths[rows], self.cache[:, :, rows]
 
 
 @dataclass
 class ForeignCache:
-    """Rows of a causal model of transformers under way."""
+    """Rows of a causal model of transformers in progress."""
 
     model: nn.Module
     ids: Tensor  # (rows, seq), padded on the left
@@ -137,34 +109,19 @@ def _cache_name(model: nn.Module) -> str:
 def _read_prompts(
     model: Transformer, prompts: Sequence[Sequence[int]], room: int, device: torch.device
 ) -> tuple[OwnCache, Tensor]:
-    shape, longest = model.shape, max(map(len, prompts))
-    assert longest <= shape.max_positions, (longest, shape.max_positions)
+    longest = max(map(len, prompts))
     ids = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    rows = OwnCache(model, torch.tensor([len(prompt) for prompt in prompts], device=device), longest)
-    dtype = model.transformer.wte.weight.dtype
-    masks = attention_masks(len(prompts), longest, shape.window_size, None, device=device, dtype=dtype)
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        for kept, new in ((rows.keys, key), (rows.values, value)):
-            # Zeros: what is masked is still multiplied by its weight of 0, and must be finite.
-            kept.append(new.new_zeros(len(ids), shape.num_heads, longest + room, shape.head_dim))
-            kept[-1][:, :, :longest] = new.unflatten(2, (shape.num_heads, -1)).transpose(1, 2)
-        return model.transformer.h[layer].attn.attend(query, key, value, masks, dropout=0.0)
-
-    hidden = _hidden_states(model, ids, torch.arange(longest, device=device), attend)
-    return rows, _head(model, hidden[torch.arange(len(ids), device=device), rows.lengths - 1])
+    rows = OwnCache(
+        model,
+        torch.tensor([len(prompt) for prompt in prompts], device=device),
+        model.new_cache(len(prompts), longest + room),
+    )
+    hidden = model.hidden_states(ids, cache=rows.cache)
+    last = hidden[torch.arange(len(ids), device=device), rows.lengths - 1]  # (rows, hidden)
+    return rows, F.linear(last, model.head_weight()).float()
 
 
-def _hidden_states(model: Transformer, ids: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-    """`Transformer.hidden_states` with the attention of each layer, (number, query, key, value), left to `attend`."""
-    body = model.transformer
-    hidden = body.wte(ids) + body.wpe(positions)  # (rows, seq, hidden)
-    for layer, block in enumerate(body.h):
-        hidden = hidden + block.attn.merge(attend(layer, *block.attn.project(block.ln_1(hidden))))
-        hidden = hidden + block.mlp(block.ln_2(hidden))
-    return body.ln_f(hidden)
-
-
-def _head(model: Transformer, hidden: Tensor) -> Tensor:
-    """(rows, hidden) -> (rows, vocab) in fp32"""
-    return F.linear(hidden, model.transformer.wte.weight[: model.shape.vocab_size]).float()
+def end_ids(model: nn.Module, eos_id: int | None) -> set[int]:
+    """The tokens that end a text: the tokenizer's EOS, and what else a model of transformers names."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {eos_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -1,4 +1,4 @@
-"""To and from Hugging Face folders of GPT-2 and GPT-Neo: safetensors only, one tensor in memory at a time.
+"""To and from Hugging Face folders of our families: safetensors only, one tensor in memory at a time.
 
 Parameters have the same names here and there. What differs: transformers keeps GPT-2's linear weights as (in,
 out) (its Conv1D), has no rows that pad the vocabulary, and some folders hold attention masks or leave
@@ -20,43 +20,53 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gloria.data.tokenizer import TextTokenizer, load_tokenizer
+from gloria.data.tokenizer import load_tokenizer
 from gloria.errors import UserError
-from gloria.files import partial_folder, publish
+from gloria.files import brief, partial_folder, publish, read_json_object
 from gloria.model.config import TransformerConfig, parameter_shapes, read_shape
+from gloria.model.families import config_of_fields
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000  # as transformers cuts; also the most that writing holds in memory
 
 _EMBEDDING = "transformer.wte.weight"
 _HEAD = "lm_head.weight"
-_CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _MASKS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias)$")  # buffers of old versions, no parameters
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder; `UserError` where it has none, or pickled weights only."""
+    """The safetensors files of a Hugging Face folder of any family, whose headers have been checked.
+
+    Call it before a library loads the folder: `UserError` for pickled weights, files that are no whole safetensors
+    files, and an index that names anything but safetensors files of the folder itself.
+    """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
-        if pickles:
-            raise UserError(
-                f"{folder}: has only pickled weights ({pickles[0]}), which can run code when read; "
-                "have them converted to safetensors (transformers: save_pretrained)"
-            )
-        raise UserError(f"{folder}: has no model.safetensors; give the folder of a whole model")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: is not an index of weights ({error}); copy the folder again") from None
-    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if missing:
-        raise UserError(*(f"{index}: names {name}, which is not in the folder; copy it again" for name in missing))
-    return [folder / name for name in names]
+    files = [single]
+    if not single.is_file():
+        if not index.is_file():
+            pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
+            if pickles:
+                raise UserError(
+                    f"{folder}: has only pickled weights ({pickles[0]}), which can run code when read; "
+                    "have them converted to safetensors (transformers: save_pretrained)"
+                )
+            raise UserError(f"{folder}: has no model.safetensors; give the folder of a whole model")
+        weight_map = read_json_object(index, "copy the folder again").get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not names:
+            raise UserError(f"{index}: has no weight_map; copy the folder again")
+        files = [folder / name for name in sorted(names)]
+        wrong = [
+            f"{index}: names {name[:100]}, which is no safetensors file of the folder; copy the folder again"
+            for name in sorted(names)
+            if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file()
+        ]
+        if wrong:
+            raise UserError(*wrong)
+    for path in files:
+        _read_header(path)
+    return files
 
 
 class FolderTensors(Mapping[str, Tensor]):
@@ -86,37 +96,37 @@ class FolderTensors(Mapping[str, Tensor]):
 def read_tensors(folder: str | Path) -> FolderTensors:
     """The weights in a Hugging Face folder as a mapping that reads a tensor when asked for it.
 
-    Names and sizes are checked here, before anything is read: parameters that are missing, unknown or of
-    another size than config.json says are a `UserError` with a line each.
+    Names and sizes are checked here, before anything is read: parameters that are missing, unknown, given twice or
+    of another size than config.json says are a `UserError` with a line each.
     """
     shape = read_shape(folder)
     expected = parameter_shapes(shape)
     places: dict[str, tuple[Path, str]] = {}
     problems = []
-    head = None
     for path in weight_files(folder):
         for key, size, dtype in _read_header(path):
             name = key if key == _HEAD or key.startswith("transformer.") else f"transformer.{key}"
             if _MASKS.search(name):
                 continue
+            if name in places:
+                problems.append(f"{path}: {key} is given twice; copy the folder again")
+            places[name] = (path, key)
             if name == _HEAD:
-                head = (path, key)
                 continue
             if name not in expected:
                 problems.append(f"{path}: {key} is no parameter of such a model; check config.json")
-                continue
-            if size != (wanted := _size_in_folder(shape, name, expected[name])):
-                problems.append(f"{path}: {key} is {size}, config.json makes it {wanted}; they must agree")
+            elif size != (needed := _size_in_folder(shape, name, expected[name])):
+                problems.append(f"{path}: {key} is {size}, config.json makes it {needed}; they must agree")
             if dtype not in ("F32", "F16", "BF16", "F64"):
                 problems.append(f"{path}: {key} is of type {dtype}; give weights that are not quantised")
-            places[name] = (path, key)
     problems += [f"{folder}: {name} is missing; give a whole model" for name in expected if name not in places]
     if problems:
         raise UserError(*problems)
     tensors = FolderTensors(shape, {name: places[name] for name in expected})
-    if head is not None:
-        with safe_open(head[0], framework="pt") as file:
-            tied = torch.equal(file.get_tensor(head[1]).float(), tensors[_EMBEDDING][: shape.vocab_size])
+    if _HEAD in places:
+        path, key = places[_HEAD]
+        with safe_open(path, framework="pt") as file:
+            tied = torch.equal(file.get_tensor(key).float(), tensors[_EMBEDDING][: shape.vocab_size])
         if not tied:
             raise UserError(f"{folder}: {_HEAD} is not the token embedding; only models with a tied head are read")
     return tensors
@@ -133,9 +143,9 @@ def write_folder(
 ) -> None:
     """Write a model that `AutoModelForCausalLM` and `AutoTokenizer` load: the folder appears whole or not at all.
 
-    `tensors` are (name, whole tensor) in our naming, orientation and padding, in any order. `dtype` is one of
-    `DTYPES`. More than `shard_bytes` of weights are cut into several files with an index. `UserError` where
-    `out` is there already, the tokenizer has more tokens than the model, or a parameter is missing.
+    `tensors` are (name, whole tensor) in our naming, orientation and padding, in any order. `dtype` is "float32" or
+    "bfloat16". More than `shard_bytes` of weights are cut into several files with an index. `UserError` where `out`
+    exists already, the tokenizer has more tokens than the model, a parameter is missing or a value is not finite.
     """
     out = Path(out)
     if out.exists():
@@ -146,20 +156,25 @@ def write_folder(
             f"{tokenizer_folder}: has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
+    # A document begins where another ended, so EOS is also what a text starts from.
+    ids = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    if tokenizer.pad_id is not None:
+        ids["pad_token_id"] = tokenizer.pad_id
     with partial_folder(out) as work:
         made = work / "model"
         made.mkdir()
-        _write_weights(made, shape, tensors, DTYPES[dtype], shard_bytes)
+        _write_weights(made, shape, tensors, getattr(torch, dtype), shard_bytes)
         for path in sorted(Path(tokenizer_folder).iterdir()):
             if path.is_file():
                 shutil.copyfile(path, made / path.name)
-        _write_json(made / "config.json", _config(shape, tokenizer, dtype))
-        _write_json(made / "generation_config.json", _special_ids(tokenizer))
+        _limit_length(made / "tokenizer_config.json", shape.max_positions)
+        _write_json(made / "config.json", {**config_of_fields(shape.to_dict()), "dtype": dtype, **ids})
+        _write_json(made / "generation_config.json", ids)
         publish(made, out)
 
 
 def _is_transposed(shape: TransformerConfig, name: str) -> bool:
-    return shape.architecture == "gpt2" and _CONV1D.search(name) is not None
+    return re.search(shape.family.transposed, name) is not None
 
 
 def _size_in_folder(shape: TransformerConfig, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,7 +190,7 @@ def _read_header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             return [(key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is no whole safetensors file ({error}); copy it again") from None
+        raise UserError(f"{path}: is no whole safetensors file ({brief(error)}); copy it again") from None
 
 
 def _write_weights(
@@ -224,6 +239,10 @@ def _cut(tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> Iterator[dic
 
 
 def _to_folder(shape: TransformerConfig, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"model: {name} holds NaN or infinity, so the model is of no use; go back to an earlier checkpoint (--step)"
+        )
     if name == _EMBEDDING:
         tensor = tensor[: shape.vocab_size]
     elif _is_transposed(shape, name):
@@ -231,56 +250,12 @@ def _to_folder(shape: TransformerConfig, name: str, tensor: Tensor, dtype: torch
     return tensor.to(dtype).contiguous()
 
 
-def _special_ids(tokenizer: TextTokenizer) -> dict[str, int]:
-    # A document begins where another ended, so EOS is also what a text starts from.
-    ids = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
-    return ids if tokenizer.pad_id is None else {**ids, "pad_token_id": tokenizer.pad_id}
-
-
-def _config(shape: TransformerConfig, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
-    common = {
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": shape.layer_norm_epsilon,
-        "initializer_range": shape.init_std,
-        "vocab_size": shape.vocab_size,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "dtype": dtype,
-        **_special_ids(tokenizer),
-    }
-    if shape.architecture == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_layer": shape.num_layers,
-            "n_embd": shape.hidden_size,
-            "n_head": shape.num_heads,
-            "n_inner": shape.intermediate_size,
-            "n_positions": shape.max_positions,
-            "embd_pdrop": shape.dropout,
-            "attn_pdrop": shape.dropout,
-            "resid_pdrop": shape.dropout,
-            **common,
-        }
-    layers = list(shape.attention_layers)
-    halves, odd = divmod(len(layers), 2)
-    by_turns = not odd and layers == layers[:2] * halves
-    return {
-        "architectures": ["GPTNeoForCausalLM"],
-        "model_type": "gpt_neo",
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_heads": shape.num_heads,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": shape.max_positions,
-        "attention_types": [[layers[:2], halves]] if by_turns else [[layers, 1]],
-        "attention_layers": layers,
-        "window_size": shape.window_size,
-        "embed_dropout": shape.dropout,
-        "attention_dropout": shape.dropout,
-        "resid_dropout": shape.dropout,
-        **common,
-    }
+def _limit_length(path: Path, positions: int) -> None:
+    """A tokenizer that knows no limit would let transformers' pipelines go beyond the model's positions."""
+    values = read_json_object(path, "save the tokenizer again") if path.exists() else {}
+    limit = values.get("model_max_length")
+    values["model_max_length"] = min(limit, positions) if type(limit) in (int, float) else positions
+    _write_json(path, values)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from gloria.model.config import LOCAL, TransformerConfig, parameter_shapes
+from gloria.model.config import TransformerConfig, parameter_shapes
+from gloria.model.families import LOCAL
 
 STATE_BYTES = 4  # weights, gradients and the optimizer's two averages are fp32 each
 CHUNK_TOKENS = 512  # loss.row_loss_sums computes the logits of so many tokens at a time

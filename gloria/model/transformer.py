@@ -1,16 +1,13 @@
-"""The transformer: exactly GPT-2 or exactly GPT-Neo, by its shape.
+"""The transformer: exactly GPT-2 or exactly GPT-Neo, by the flags of its shape's family.
 
-GPT-2: Radford et al. 2019. GPT-Neo: Black et al. 2021 (doi 10.5281/zenodo.5297715). Both have learned
-positions, LayerNorm before each branch, tanh-GELU and a head tied to the token embedding; GPT-Neo alternates
-global and local attention, does not scale scores by 1/sqrt(head_dim) and has no bias on queries, keys and
-values. Parameters are named as in transformers' GPT2LMHeadModel and GPTNeoForCausalLM.
+Learned positions, LayerNorm before each branch, tanh-GELU and a head tied to the token embedding. Parameters are
+named as in transformers' GPT2LMHeadModel and GPTNeoForCausalLM.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gloria.model.attention import Masks, attend, attention_masks
-from gloria.model.config import LOCAL, TransformerConfig
+from gloria.model.attention import Masks, attend, attention_masks, cache_masks
+from gloria.model.config import TransformerConfig
 from gloria.model.loss import row_loss_sums
 
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
-# What selective checkpointing keeps: the outputs that are dear to compute. The rest (norms, GELU, dropout) is
-# cheap to compute again and most of the memory.
+# What selective checkpointing keeps: the outputs that are expensive to compute. The rest (norms, GELU, dropout)
+# is cheap to compute again and most of the memory.
 _KEPT = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -36,61 +33,39 @@ _KEPT = [
 ]
 
 
-def _attend(shape: TransformerConfig, layer: int) -> Callable[..., Tensor]:
-    """`attend` as this layer does it, still without its dropout, which depends on train and eval."""
-    window = shape.window_size if shape.attention_layers[layer] == LOCAL else 0
-    return partial(attend, num_heads=shape.num_heads, window=window, scale=shape.attention_scale)
+class Attention(nn.Module):
+    """Queries, keys and values from one projection (`c_attn`) or one each (`attention.*`), attention, and a projection.
 
-
-class GPT2Attention(nn.Module):
-    """One projection for queries, keys and values, with bias."""
+    The names are those of transformers: a fused projection is GPT-2's, three are GPT-Neo's.
+    """
 
     def __init__(self, shape: TransformerConfig, layer: int) -> None:
         super().__init__()
+        size, family = shape.hidden_size, shape.family
         self.dropout = shape.dropout
-        self.attend = _attend(shape, layer)
-        self.c_attn = nn.Linear(shape.hidden_size, 3 * shape.hidden_size)
-        self.c_proj = nn.Linear(shape.hidden_size, shape.hidden_size)
-
-    def forward(self, hidden: Tensor, masks: Masks) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return self.merge(self.attend(*self.project(hidden), masks, dropout=dropout))
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (batch, seq, hidden) each."""
-        return self.c_attn(hidden).chunk(3, dim=-1)
-
-    def merge(self, heads: Tensor) -> Tensor:
-        return self.c_proj(heads)
-
-
-class GPTNeoAttention(nn.Module):
-    """A projection each for queries, keys and values, without bias; transformers names them `attention.*`."""
-
-    def __init__(self, shape: TransformerConfig, layer: int) -> None:
-        super().__init__()
-        self.dropout = shape.dropout
-        self.attend = _attend(shape, layer)
-        size = shape.hidden_size
-        self.attention = nn.ModuleDict(
-            {
-                "k_proj": nn.Linear(size, size, bias=False),
-                "v_proj": nn.Linear(size, size, bias=False),
-                "q_proj": nn.Linear(size, size, bias=False),
-                "out_proj": nn.Linear(size, size),
-            }
+        self.attend = partial(
+            attend, num_heads=shape.num_heads, window=shape.windows[layer], scale=family.attention_scale
         )
+        self.fused = family.fused_qkv
+        if self.fused:
+            self.c_attn = nn.Linear(size, 3 * size, bias=family.qkv_bias)
+            self.c_proj = nn.Linear(size, size)
+        else:
+            projections = {f"{name}_proj": nn.Linear(size, size, bias=family.qkv_bias) for name in "kvq"}
+            self.attention = nn.ModuleDict({**projections, "out_proj": nn.Linear(size, size)})
 
-    def forward(self, hidden: Tensor, masks: Masks) -> Tensor:
+    def forward(
+        self, hidden: Tensor, masks: Masks, cache: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq, hidden) -> (batch, seq, hidden); `cache` and `positions` as in `attend`."""
+        if self.fused:
+            query, key, value = self.c_attn(hidden).chunk(3, dim=-1)
+            output = self.c_proj
+        else:
+            query, key, value = (self.attention[f"{name}_proj"](hidden) for name in "qkv")
+            output = self.attention["out_proj"]
         dropout = self.dropout if self.training else 0.0
-        return self.merge(self.attend(*self.project(hidden), masks, dropout=dropout))
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (batch, seq, hidden) each."""
-        return tuple(self.attention[name](hidden) for name in ("q_proj", "k_proj", "v_proj"))
-
-    def merge(self, heads: Tensor) -> Tensor:
-        return self.attention["out_proj"](heads)
+        return output(self.attend(query, key, value, masks, dropout=dropout, cache=cache, positions=positions))
 
 
 class MLP(nn.Module):
@@ -109,7 +84,7 @@ class Block(nn.Module):
     """One layer: attention, then the MLP, each on a normed copy and added back.
 
     Activation checkpointing is a call inside forward, so that `block.compile()` and then `fully_shard(block)`
-    can be laid around it without changing a parameter's name.
+    wrap it without changing a parameter's name.
     """
 
     def __init__(self, shape: TransformerConfig, layer: int, activation_checkpointing: str) -> None:
@@ -117,14 +92,16 @@ class Block(nn.Module):
         self.dropout = shape.dropout
         self.activation_checkpointing = activation_checkpointing
         self.ln_1 = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
-        self.attn = GPT2Attention(shape, layer) if shape.architecture == "gpt2" else GPTNeoAttention(shape, layer)
+        self.attn = Attention(shape, layer)
         self.ln_2 = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
         self.mlp = MLP(shape)
 
-    def forward(self, hidden: Tensor, masks: Masks) -> Tensor:
-        """(batch, seq, hidden) -> (batch, seq, hidden)"""
+    def forward(
+        self, hidden: Tensor, masks: Masks, cache: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq, hidden) -> (batch, seq, hidden); `cache` and `positions` as in `attend`."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-            return self._layer(hidden, masks)
+            return self._layer(hidden, masks, cache, positions)
         selective = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)}
         # checkpoint keeps the random state, so that dropout draws the same mask when it is computed again
         return checkpoint(
@@ -135,8 +112,11 @@ class Block(nn.Module):
             **(selective if self.activation_checkpointing == "selective" else {}),
         )
 
-    def _layer(self, hidden: Tensor, masks: Masks) -> Tensor:
-        hidden = hidden + F.dropout(self.attn(self.ln_1(hidden), masks), self.dropout, self.training)
+    def _layer(
+        self, hidden: Tensor, masks: Masks, cache: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        attention = self.attn(self.ln_1(hidden), masks, cache, positions)
+        hidden = hidden + F.dropout(attention, self.dropout, self.training)
         return hidden + F.dropout(self.mlp(self.ln_2(hidden)), self.dropout, self.training)
 
 
@@ -169,37 +149,62 @@ class Transformer(nn.Module):
         attention never crosses from one id to another.
         """
         hidden = self.hidden_states(ids, documents)
-        head = self.transformer.wte.weight[: self.shape.vocab_size]
         if labels is None:
-            return F.linear(hidden, head).float()
-        return row_loss_sums(hidden, head, labels)
+            return F.linear(hidden, self.head_weight()).float()
+        return row_loss_sums(hidden, self.head_weight(), labels)
 
-    def hidden_states(self, ids: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def head_weight(self) -> Tensor:
+        """The head's rows, (vocab, hidden): those of the token embedding that are no padding."""
+        return self.transformer.wte.weight[: self.shape.vocab_size]
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Tensor | None = None,
+    ) -> Tensor:
         """What the head sees, after the last norm: (batch, seq, hidden); arguments as in `forward`.
 
         `positions` (batch, seq) are 0, 1, ... where they are not given. Rows padded on the left have the mask as
         documents, and as positions its cumulated sum less 1 (-1 at padding, where any position will do).
+
+        With a `cache` of `new_cache` keys and values are kept there, at their positions. Without `positions` the
+        tokens begin their rows; with them they go on behind what the cache holds of their row, or overwrite it.
         """
         batch, length = ids.shape
         assert length <= self.shape.max_positions, (length, self.shape.max_positions)
-        body = self.transformer
-        positions = torch.arange(length, device=ids.device) if positions is None else positions.clamp(min=0)
-        hidden = body.wte(ids) + body.wpe(positions)
+        assert cache is None or documents is None, "a cached row is one document"
+        body, last = self.transformer, self.shape.max_positions - 1
+        places = torch.arange(length, device=ids.device) if positions is None else positions.clamp(0, last)
+        hidden = body.wte(ids) + body.wpe(places)
         hidden = F.dropout(hidden, self.shape.dropout, self.training)
-        masks = attention_masks(batch, length, self.shape.window_size, documents, device=ids.device, dtype=hidden.dtype)
-        for block in body.h:
-            hidden = block(hidden, masks)
+        window = self.shape.window_size
+        if cache is None or positions is None:
+            masks = attention_masks(batch, length, window, documents, device=ids.device, dtype=hidden.dtype)
+        else:
+            masks = cache_masks(positions, cache.shape[3], window, hidden.dtype)
+        for layer, block in enumerate(body.h):
+            if cache is None:
+                hidden = block(hidden, masks)
+            else:
+                hidden = block(hidden, masks, cache[layer], positions)
         return body.ln_f(hidden)
+
+    def new_cache(self, rows: int, capacity: int) -> Tensor:
+        """Room for `capacity` tokens a row: (layers, 2, rows, capacity, heads, head_dim), keys and values."""
+        shape, like = self.shape, self.head_weight()
+        # Zeros: what is masked is still multiplied by its weight of 0, and must be finite.
+        return like.new_zeros(shape.num_layers, 2, rows, capacity, shape.num_heads, shape.head_dim)
 
 
 def initial_value(name: str, size: torch.Size, shape: TransformerConfig, seed: int) -> Tensor:
     """The whole starting value, fp32 on the CPU, of the parameter `name`: a function of (seed, name) alone.
 
-    So it does not depend on the number of ranks or on the order in which they ask. Biases 0, norms 1, the
-    rest normal with `init_std`, except: the last projection of each branch is divided by sqrt(2 * num_layers)
-    (GPT-2, section 2.3), and GPT-Neo's queries by sqrt(head_dim), which stands in for the scale its attention
-    lacks (Mesh TensorFlow, `fold_scaling_into_initializer`; with `init_std` alone attention starts out nearly
-    one-hot).
+    So it depends on neither the number of ranks nor the order of the calls. Biases 0, norms 1, the rest normal with
+    `init_std`, except: the last projection of each branch is divided by sqrt(2 * num_layers) (GPT-2, section 2.3),
+    and queries whose scores are not scaled by sqrt(head_dim), in place of that scale (Mesh TensorFlow,
+    `fold_scaling_into_initializer`; with `init_std` alone GPT-Neo's attention starts out nearly one-hot).
     """
     if name.endswith(".bias"):
         return torch.zeros(size)
@@ -208,7 +213,7 @@ def initial_value(name: str, size: torch.Size, shape: TransformerConfig, seed: i
     std = shape.init_std
     if name.endswith((".c_proj.weight", ".out_proj.weight")):
         std /= math.sqrt(2 * shape.num_layers)
-    if name.endswith(".q_proj.weight"):
+    if name.endswith(".q_proj.weight") and shape.family.attention_scale == 1.0:
         std /= math.sqrt(shape.head_dim)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
     value = torch.empty(size).normal_(std=std, generator=torch.Generator().manual_seed(key >> 1))

@@ -1,10 +1,15 @@
-"""Prevents a Hugging Face folder that is read wrongly or half: weights of another shape, missing or strange
-ones, pickles, an untied head; and one that is written half, over another, or with a tokenizer that does not
-fit."""
+"""Prevents a Hugging Face folder that is read wrongly or half: weights of another shape, missing or unknown
+ones, pickles, an untied head; and one that is written half, over another, with weights that are not finite, for its
+owner alone, or with a tokenizer that does not fit or knows no limit."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
+import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from gloria.errors import UserError
 from gloria.model.config import TransformerConfig
-from gloria.model.huggingface import read_shape, read_tensors, write_folder
+from gloria.model.huggingface import read_shape, read_tensors, weight_files, write_folder
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, make_tokenizer, uneven_model
 
 
@@ -54,8 +59,21 @@ def test_what_is_written_is_read_back_bit_for_bit(
     for name, tensor in read.items():
         assert torch.equal(tensor, parameters[name]), name
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (out / name).read_bytes() == (tokenizer_folder / name).read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize(("limit", "written"), [(int(1e30), 64), (100, 64), (50, 50), (None, 64)])
+def test_the_tokenizers_limit_is_at_most_the_models_positions(
+    tmp_path: Path, tokenizer_folder: Path, limit: int | None, written: int
+) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"model_max_length": limit}
+    file.write_text(json.dumps(config))
+    write(tmp_path / "out", GPT2, tmp_path / "tokenizer")
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert found == {**config, "model_max_length": written}
 
 
 def test_files_of_a_cut_folder_are_within_the_limit_and_named_by_their_number(
@@ -144,30 +162,83 @@ def test_pickled_weights_are_refused(tmp_path: Path, tokenizer_folder: Path) -> 
     )
 
 
-def test_damaged_files_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+def torch_zip() -> bytes:
+    with io.BytesIO() as file:
+        torch.save({"a": torch.zeros(1)}, file)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: b"",
+        lambda data: data[:5],
+        lambda data: pickle.dumps(torch.zeros(3)),
+        lambda data: torch_zip(),
+        lambda data: (2**63).to_bytes(8, "little") + data[8:],
+        lambda data: (10).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+    ids=["cut", "empty", "five bytes", "pickle", "torch zip", "giant header", "nested"],
+)
+def test_what_is_no_whole_safetensors_file_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, damage: Callable[[bytes], bytes]
+) -> None:
     folder = tmp_path / "out"
     write(folder, GPT2, tokenizer_folder)
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    (line,) = problems(lambda: read_tensors(folder))
+    file.write_bytes(damage(file.read_bytes()))
+    (line,) = problems(lambda: weight_files(folder))
     assert line.startswith(f"{file}: is no whole safetensors file (")
     assert line.endswith("); copy it again")
+    assert "\n" not in line
 
 
-def test_an_index_that_does_not_hold_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
-    folder = tmp_path / "out"
-    write(folder, GPT2, tokenizer_folder)
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors", "b": "../escape"}}))
-    assert problems(lambda: read_tensors(folder)) == (
-        f"{index}: names ../escape, which is not in the folder; copy it again",
-        f"{index}: names model-00002-of-00002.safetensors, which is not in the folder; copy it again",
+def test_a_pipe_is_no_file_of_weights(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert problems(lambda: weight_files(tmp_path)) == (
+        f"{tmp_path}: has no model.safetensors; give the folder of a whole model",
     )
-    index.write_text("{}")
-    assert problems(lambda: read_tensors(folder)) == (
-        f"{index}: is not an index of weights ('weight_map'); copy the folder again",
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        (
+            {"weight_map": {"a": name}},
+            f"names {name}, which is no safetensors file of the folder; copy the folder again",
+        )
+        for name in ("missing.safetensors", "evil.bin", "../escape.safetensors", "/etc/passwd", "3")
+    ]
+    + [(index, "has no weight_map; copy the folder again") for index in ({}, {"weight_map": []}, {"weight_map": {}})],
+)
+def test_an_index_that_does_not_hold_is_refused(tmp_path: Path, index: dict, line: str) -> None:
+    (tmp_path / "evil.bin").write_bytes(b"")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    assert problems(lambda: weight_files(tmp_path)) == (f"{path}: {line}",)
+
+
+def test_a_parameter_that_is_given_twice_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write(tmp_path / "out", GPT2, tokenizer_folder)
+    file = change_weights(tmp_path / "out", lambda tensors: tensors.update({"ln_f.bias": torch.zeros(32)}))
+    (line,) = problems(lambda: read_tensors(tmp_path / "out"))
+    assert line.startswith(f"{file}: ")
+    assert line.endswith("ln_f.bias is given twice; copy the folder again")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, tokenizer_folder: Path, value: float) -> None:
+    shape = replace(GPT2, vocab_size=600)
+    parameters = dict(uneven_model(shape).state_dict())
+    parameters["transformer.h.1.mlp.c_fc.weight"][3, 4] = value
+    line = (
+        "model: transformer.h.1.mlp.c_fc.weight holds NaN or infinity, so the model is of no use; go back to an "
+        "earlier checkpoint (--step)"
     )
+    out = tmp_path / "out"
+    assert problems(lambda: write_folder(out, shape, parameters.items(), tokenizer_folder, "float32")) == (line,)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_written_over_or_half(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -4,6 +4,7 @@ over silently, counts and FLOPs that are off, contradictions that surface as a c
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gloria.errors import UserError
+from gloria.files import MAX_JSON_BYTES
 from gloria.model.config import (
     PRESETS,
     ModelSection,
@@ -78,9 +80,9 @@ def test_overrides_and_the_tokenizers_vocabulary_reach_the_shape() -> None:
     shape = resolve_shape(config, vocab_size=300, sequence_length=512)
     assert shape.attention_layers == ("global", "local", "global")
     assert (shape.intermediate_size, shape.head_dim, shape.vocab_size) == (384, 16, 300)
-    assert (shape.padded_vocab, shape.dropout, shape.attention_scale) == (384, 0.1, 1.0)
+    assert (shape.padded_vocab, shape.dropout, shape.family.attention_scale) == (384, 0.1, 1.0)
     roomy = resolve_shape(ModelSection(preset="gpt2-124m", vocab_size=256), vocab_size=200, sequence_length=1024)
-    assert (roomy.vocab_size, roomy.padded_vocab, roomy.attention_scale) == (256, 256, None)
+    assert (roomy.vocab_size, roomy.padded_vocab, roomy.family.attention_scale) == (256, 256, None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -174,42 +176,88 @@ def test_missing_keys_are_what_transformers_takes_them_for(tmp_path: Path) -> No
             {"model_type": "gpt2", "add_cross_attention": True},
             "add_cross_attention true is not supported; only false is",
         ),
-        ({"hidden_size": "32"}, 'hidden_size must be a positive whole number, not "32"; mend it'),
-        ({"num_heads": 0}, "num_heads must be a positive whole number, not 0; mend it"),
-        ({"num_heads": 5}, "5 heads don't divide the hidden size 32; mend it"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be a positive number, not 0; mend it"),
-        ({"num_layers": 3}, "attention_types names 2 layers but num_layers is 3; mend it"),
+        ({"hidden_size": "32"}, 'hidden_size must be a whole number from 1 to 2147483647, not "32"; correct it'),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 to 2147483647, not 0; correct it"),
+        ({"num_heads": 5}, "5 heads don't divide the hidden size 32; correct it"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be a positive number, not 0; correct it"),
+        ({"num_layers": 3}, "attention_types names 2 layers but num_layers is 3; correct it"),
         (
             {"attention_types": [["global"]]},
-            'attention_types [["global"]] is not of the form [[["global", "local"], N]]; mend it',
+            'attention_types [["global"]] is not of the form [[["global", "local"], N]]; correct it',
         ),
         (
             {"attention_types": [[["sparse"], 2]]},
-            'attention_types [[["sparse"], 2]] is not of the form [[["global", "local"], N]]; mend it',
+            'attention_types [[["sparse"], 2]] is not of the form [[["global", "local"], N]]; correct it',
         ),
+        ({"model_type": ["gpt2"]}, None),
+        ({"model_type": "x" * 1000}, None),
+        ({"num_layers": [2]}, None),
+        ({"num_layers": True}, None),
+        ({"num_layers": 10**9}, "num_layers must be a whole number from 1 to 10000, not 1000000000; correct it"),
+        ({"vocab_size": 10**4000}, None),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a positive number, not NaN; correct it"),
+        ({"initializer_range": float("inf")}, "initializer_range must be a positive number, not Infinity; correct it"),
+        ({"eos_token_id": 10**9}, "eos_token_id 1000000000 is no token of 300; correct it"),
+        ({"pad_token_id": "0"}, 'pad_token_id "0" is no token of 300; correct it'),
+        ({"attention_types": "global"}, None),
+        ({"attention_types": {"global": 2}}, None),
+        ({"attention_types": [["global", 2]]}, None),
+        ({"attention_types": [[["global"], 1.5]]}, None),
+        ({"attention_types": [[[["global"]], 2]]}, None),
+        ({"attention_types": [[["global", "local"], 10**10]]}, None),
+        ({"attention_types": [[[], 10**10], [["global", "local"], 1]] * 9}, None),
     ],
 )
-def test_a_config_that_is_not_our_model_is_refused(tmp_path: Path, changes: dict, line: str) -> None:
+def test_a_config_that_is_not_our_model_is_refused(tmp_path: Path, changes: dict, line: str | None) -> None:
     folder = write_small(tmp_path / "m", **changes)
     with pytest.raises(UserError) as caught:
         read_shape(folder)
-    assert caught.value.problems == (f"{folder}/config.json: {line}",)
+    (found,) = caught.value.problems
+    assert found == f"{folder}/config.json: {line}" if line else len(found) < 300 + len(folder)
 
 
 def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        read_shape(tmp_path)
-    assert str(caught.value) == (f"{tmp_path}/config.json: no such file; give a Hugging Face folder, which has one")
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError) as caught:
-        read_shape(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}/config.json: is not JSON (Expecting value: line 1 column 16 (char 15)); copy the folder again"
-    )
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError) as caught:
-        read_shape(tmp_path)
-    assert str(caught.value) == f"{tmp_path}/config.json: is not a JSON object; copy the folder again"
+    path = tmp_path / "config.json"
+
+    def problem() -> str:
+        with pytest.raises(UserError) as caught:
+            read_shape(tmp_path)
+        (line,) = caught.value.problems
+        return line
+
+    assert problem() == f"{path}: no such file; give a Hugging Face folder, which has one"
+    os.mkfifo(path)
+    assert problem() == f"{path}: is no plain file; copy the folder again"
+    path.unlink()
+    for content, reason in {
+        b'{"model_type": ': "is no JSON (Expecting value: line 1 column 16 (char 15))",
+        b"[]": "is no JSON object",
+        b'{"a": ' + b"[" * 100_000: "is no JSON (maximum recursion depth exceeded",
+        b'{"num_layers": ' + b"9" * 5000 + b"}": "is no JSON (Exceeds the limit",
+        b"\xff\xfe": "is no JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte)",
+        b" " * (1 + MAX_JSON_BYTES): "has more than the 16777216 bytes such a file may have",
+    }.items():
+        path.write_bytes(content)
+        assert problem().startswith(f"{path}: {reason}")
+        assert problem().endswith("; copy the folder again")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": "2"},
+        {"architecture": "llama"},
+        {"attention_layers": ["global"]},
+        {"attention_layers": 7},
+        {"num_heads": 5},
+        {"hidden_size": -1},
+        {"init_std": float("nan")},
+        {"surprise": 1},
+    ],
+)
+def test_a_checkpoints_shape_that_describes_no_model_is_refused(changes: dict) -> None:
+    with pytest.raises(UserError, match=r"trainer\.json: model"):
+        TransformerConfig.from_dict({**PRESETS["demo"].to_dict(), **changes})
 
 
 def test_torch_is_not_imported() -> None:

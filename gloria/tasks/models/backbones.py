@@ -35,10 +35,10 @@ from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read
 from gloria.dist.manifest import run_and_step
 from gloria.errors import UserError, warn
 from gloria.model.config import TransformerConfig, read_shape
+from gloria.model.families import find_family, read_config
 from gloria.model.huggingface import read_tensors, weight_files, write_folder
 from gloria.model.transformer import Transformer
 
-_OWN = ("gpt2", "gpt_neo")  # what config.json calls the two families of gloria.model
 _NO_LIMIT = 1_000_000  # a tokenizer without a length limit says something far above
 
 
@@ -106,6 +106,9 @@ def load_model(name: str, *, language_model: bool = False) -> Loaded:
         raise UserError(f"--model: {name} does not exist; name a run's folder or a Hugging Face folder")
     if path.is_dir():
         weight_files(path)
+        if find_family(read_config(path).get("model_type")):  # no config of ours reaches transformers
+            shape, tensors = read_shape(path), read_tensors(path)
+            return _own(name, shape, tensors.items(), load_tokenizer(name))
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -117,9 +120,6 @@ def load_model(name: str, *, language_model: bool = False) -> Loaded:
             "fine-tune it on the task first"
         )
     tokenizer = load_tokenizer(name)
-    if path.is_dir() and config.model_type in _OWN:
-        shape, tensors = read_shape(path), read_tensors(path)
-        return _own(str(path), shape, tensors.items(), tokenizer)
     return _load_foreign(name, config, tokenizer, language_model)
 
 

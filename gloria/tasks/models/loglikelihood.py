@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.model.decode import OwnCache, begin
+from gloria.model.decode import OwnCache, begin, end_ids
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import Loaded
 from gloria.tasks.models.encode import length_batches, tokenize
@@ -229,7 +229,7 @@ def _decode(
         index = torch.tensor(going, device=device)
         state.keep(index)
         logits = logits[index]
-    rows, ends = live, _end_ids(loaded)
+    rows, ends = live, end_ids(loaded.language_model, loaded.tokenizer.eos_token_id)
     while True:
         tokens = _penalise(logits, live).argmax(dim=1)
         for row, token in zip(live, tokens.tolist()):
@@ -257,12 +257,6 @@ def _add(tokenizer: PreTrainedTokenizerBase, row: _Row, token: int, ends: set[in
         for number, setting in row.open.items()
         if len(row.tokens) < setting.max_new_tokens and not setting.is_over(text)
     }
-
-
-def _end_ids(loaded: Loaded) -> set[int]:
-    """EOS, and what else a model of transformers says that a text ends with."""
-    own = getattr(getattr(loaded.language_model, "generation_config", None), "eos_token_id", None)
-    return {loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 def windows(ids: Sequence[int], length: int, stride: int) -> Iterator[Request]:
@@ -310,7 +304,7 @@ def _sums(model: torch.nn.Module, states: Tensor, asked: Sequence[Request], ends
         row, wanted = rows[at : at + _CHUNK], targets[at : at + _CHUNK]
         logits = states[row, columns[at : at + _CHUNK]]
         if isinstance(model, Transformer):
-            logits = F.linear(logits, model.transformer.wte.weight[: model.shape.vocab_size])
+            logits = F.linear(logits, model.head_weight())
         logits = logits.float()
         sums[:, 0].index_add_(0, row, -F.cross_entropy(logits, wanted, reduction="none").double())
         sums[:, 1].index_add_(0, row, (logits.argmax(dim=1) != wanted).double())
