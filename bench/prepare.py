@@ -25,8 +25,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from gloria.data.prepare.buckets import ENCODE_BYTES  # noqa: E402 (after the path and the environment are set)
+from gloria.data.prepare.inputs import find_files  # noqa: E402
 from gloria.data.prepare.passes import make_corpus  # noqa: E402
-from gloria.data.prepare.recipe import find_files, read_recipe  # noqa: E402
+from gloria.data.prepare.recipe import read_recipe  # noqa: E402
 from gloria.data.prepare.text import clean, read_documents  # noqa: E402
 from gloria.data.prepare.workers import available_cores  # noqa: E402
 from gloria.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer  # noqa: E402

@@ -10,29 +10,27 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from gloria.config.cli import argument_parser
 from gloria.data.corpus import MANIFEST, Manifest, open_corpus, write_manifest
-from gloria.data.prepare.passes import make_corpus
-from gloria.data.prepare.recipe import (
-    MEGATRON,
-    Recipe,
-    SourceFile,
+from gloria.data.prepare.inputs import (
+    INPUTS,
+    differences,
     find_files,
-    read_recipe,
-    to_record,
-    tokenizer_place,
+    read_recorded_states,
+    shorten,
+    text_bytes,
 )
+from gloria.data.prepare.passes import make_corpus
+from gloria.data.prepare.recipe import Recipe, SourceFile, read_recipe, to_record, tokenizer_place
 from gloria.data.prepare.report import report
-from gloria.data.prepare.text import text_bytes
 from gloria.data.prepare.workers import available_cores
 from gloria.data.tokenizer import tokenizer_fingerprint
-from gloria.errors import UserError, run_command
-from gloria.files import partial_folder, publish
+from gloria.errors import UserError, run_command, warn
+from gloria.files import partial_folder, publish, size_text
 
 DISK_PER_TEXT_BYTE = 1.5  # the texts compressed, and two copies of their tokens
 
@@ -101,7 +99,7 @@ def check(recipe: Recipe, where: str, out: Path, *, verify: bool) -> Manifest:
     manifest = open_corpus(out, verify=verify).manifest
     require_same(recipe, manifest, where, out)
     if not verify:
-        require_older(find_files(recipe, where), out)
+        require_unchanged(find_files(recipe, where), where, out)
     print(f"{out}: is already whole{', every hash is right' if verify else ''}")
     return manifest
 
@@ -121,30 +119,24 @@ def require_same(recipe: Recipe, manifest: Manifest, where: str, out: Path) -> N
         )
 
 
-def require_older(files: Sequence[Sequence[SourceFile]], out: Path) -> None:
-    """`UserError` if a source's file has changed since the corpus at `out` was made."""
-    made = (out / MANIFEST).stat().st_mtime
-    for file in (file for source in files for file in source):
-        path = file.path + ".bin" if file.format == MEGATRON else file.path
-        if os.path.getmtime(path) > made:
-            raise UserError(f"{out}: {path} has changed since it was made; --force makes it again")
+def require_unchanged(files: Sequence[Sequence[SourceFile]], where: str, out: Path) -> None:
+    """`UserError` if the sources' files are not those that the corpus at `out` was made from."""
+    states = read_recorded_states(out)
+    if states is None:
+        warn(f"{out}: has no {INPUTS}, so changes of its sources can't be seen; --force makes it again")
+    elif changed := differences(states, files, where):
+        raise UserError(f"{out}: {shorten(changed)} since it was made; --force makes it again")
 
 
 def require_disk(files: Sequence[Sequence[SourceFile]], out: Path) -> None:
     """`UserError` if the disk may not hold the corpus and what making it needs."""
-    needed = sum(_disk_bytes(file) for source in files for file in source)
+    needed = int(DISK_PER_TEXT_BYTE * sum(text_bytes(file) for source in files for file in source))
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
         raise UserError(
-            f"{out}: making it takes about {needed / 1e9:,.2f} GB of disk and {free / 1e9:,.2f} GB are free; "
+            f"{out}: making it takes about {size_text(needed)} of disk and {size_text(free)} are free; "
             "free some, or give another --out"
         )
-
-
-def _disk_bytes(file: SourceFile) -> float:
-    if file.format == MEGATRON:
-        return os.path.getsize(f"{file.path}.bin")
-    return DISK_PER_TEXT_BYTE * text_bytes(file.path, file.format)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ except that SentencePiece's own U+2581 comes back as a space.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -33,6 +36,14 @@ NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a lengt
 SENTENCEPIECE_THREADS = 4  # a constant, not the number of cores: the trained pieces depend on it
 # A literal "<unk>" or "<0x41>" in a text must never become that piece: any other reading scores better.
 NEVER = -1e6
+PIECE_CHARS = 2**20  # of a long text encoded at a time: its encoding takes some 100 bytes a character
+# A single space between two letters or digits. Every kind of tokenizer below ends what it works on before it.
+_CUT = re.compile(r"(?<=\w) (?=\w)")
+# Normalizers that change a character by itself, or with those it is joined to without a space.
+_LOCAL = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt", "Precompiled"}
+_SPACE_PATTERNS = ({"String": " "}, {"Regex": " {2,}"})
+_SPLITS_AT_SPACES = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
+_SPLITS_ELSEWHERE = {"Digits", "Punctuation", "ByteLevel", "Metaspace"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,24 @@ class TextTokenizer:
     vocab_size: int  # highest id + 1
     fingerprint: str  # xxh3-128 of tokenizer.json
 
+    @functools.cached_property
+    def why_whole(self) -> str:
+        """Why long texts are encoded whole, or an empty string where they are cut, see `why_whole`."""
+        return why_whole(json.loads(self.backend.to_str()))
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, (tokens,) in the shards' dtype, without EOS."""
+        """The ids of each text, (tokens,) in the shards' dtype, without EOS.
+
+        A text of more than PIECE_CHARS is encoded piece by piece, for its encoding takes about a hundred times its
+        size in memory. The ids are those of the whole text; only of a Unigram model's segmentations that score the
+        same up to rounding the other one may be chosen.
+        """
+        if all(len(text) <= PIECE_CHARS for text in texts):
+            return self._encode(texts)
+        pieces = ([text] if self.why_whole else cut_at_spaces(text) for text in texts)
+        return [np.concatenate([self._encode([piece])[0] for piece in parts]) for parts in pieces]
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         dtype = dtype_for_vocab(self.vocab_size)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype) for encoding in encodings]
@@ -75,27 +102,13 @@ class TextTokenizer:
         """The ids of one text, without EOS."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def decode_batch(self, documents: Sequence[np.ndarray]) -> list[str]:
+        """The texts of several documents' ids, each (tokens,)."""
+        return self.backend.decode_batch([ids.tolist() for ids in documents], skip_special_tokens=False)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are no whole character come out as U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-
-    def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: UTF-8 bytes of text that each token stands for, 0 for EOS and pad.
-
-        Exact for byte-level tokenizers and those with byte fallback; for others what the token's name shows.
-        """
-        byte_level = "ByteLevel" in repr(self.backend.decoder)
-        sizes = np.zeros(self.vocab_size, np.int64)
-        for piece, number in self.backend.get_vocab(with_added_tokens=False).items():
-            if byte_level:
-                sizes[number] = len(piece)  # one character a byte
-            elif piece.startswith("<0x") and len(piece) == 6:
-                sizes[number] = 1
-            else:
-                sizes[number] = len(piece.replace(SPACE, " ").encode())
-        for number, token in self.backend.get_added_tokens_decoder().items():
-            sizes[number] = 0 if token.special else len(token.content.encode())
-        return sizes
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], folder: str | os.PathLike[str]) -> TextTokenizer:
@@ -158,6 +171,57 @@ def import_tokenizer(path: str, folder: str | os.PathLike[str]) -> TextTokenizer
     if tokenizer.eos_id in tokenizer.encode(eos := names["eos_token"]):  # it is a piece of the model's own
         warn(f'{path}: to this tokenizer a "{eos}" in a text is EOS; there a document counts as two')
     return tokenizer
+
+
+def cut_at_spaces(text: str) -> Iterator[str]:
+    """A text in pieces of about PIECE_CHARS, each but the first beginning with a single space between two words."""
+    start = 0
+    while len(text) - start > PIECE_CHARS and (found := _CUT.search(text, start + PIECE_CHARS)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
+
+
+def why_whole(tokenizer: dict[str, Any]) -> str:
+    """Why the pieces of `cut_at_spaces` may not have the ids of the whole text, from the values of a
+    `tokenizer.json`; an empty string where they must have.
+
+    They must where nothing reaches across the cut: normalizers change characters by themselves, no added token holds
+    or takes in a space, and either a pre-tokenizer splits at the cut or the vocabulary, whose spaces are visible
+    characters, has no piece in which a space follows something else. Then no merge and no segmentation spans it.
+    """
+    for part in _parts(tokenizer["normalizer"], "normalizers"):
+        is_local = part["type"] in _LOCAL or (part["type"] == "Strip" and not part["strip_left"])
+        if not is_local and not (part["type"] == "Replace" and part["pattern"] in _SPACE_PATTERNS):
+            return f"its normalizer {part['type']} may reach across spaces"
+    for token in tokenizer["added_tokens"]:  # special ones are plain text here
+        if not token["special"] and (token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"])):
+            return f'its added token "{token["content"]}" may take in spaces'
+    if tokenizer["model"].get("dropout"):
+        return "its merges are drawn by chance"
+    is_split = False
+    for part in _parts(tokenizer["pre_tokenizer"], "pretokenizers"):
+        if part["type"] not in _SPLITS_AT_SPACES | _SPLITS_ELSEWHERE:
+            return f"its pre-tokenizer {part['type']} may look across spaces"
+        is_split |= part["type"] in _SPLITS_AT_SPACES or bool(part.get("use_regex") or part.get("split"))
+    if is_split:
+        return ""
+    model = tokenizer["model"]
+    if model["type"] not in ("BPE", "Unigram") or model.get("ignore_merges") or model.get("end_of_word_suffix"):
+        return f"its {model['type']} model takes the whole text for one word"
+    vocabulary = model["vocab"]
+    pieces = vocabulary if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
+    if SPACE not in pieces and "\u0120" not in pieces:
+        return "its vocabulary has no space"
+    across = next((piece for piece in pieces if re.search(f"[^{SPACE}\u0120 ][{SPACE}\u0120 ]", piece)), "")
+    return f'its token "{across}" reaches across a space' if across else ""
+
+
+def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The components of a normalizer or pre-tokenizer, which may be none, one, or a sequence."""
+    if component is None:
+        return []
+    return component[key] if component["type"] == "Sequence" else [component]
 
 
 def tokenizer_fingerprint(folder: str | os.PathLike[str]) -> str:

@@ -1,5 +1,5 @@
 """Bug prevented: a corpus that is unfinished, damaged, half replaced or made with another tokenizer and is trained on
-all the same; and shards adopted from elsewhere whose ids, document ends or validation split are wrong."""
+all the same."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import dataclasses
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gloria.data.corpus import (
@@ -27,8 +24,7 @@ from gloria.data.corpus import (
     source_fingerprint,
     write_manifest,
 )
-from gloria.data.prepare.adopt import adopt_megatron
-from gloria.data.shards import HEADER, MAGIC, map_tokens, read_index, write_split
+from gloria.data.shards import MAGIC, write_split
 from gloria.data.tokenizer import TextTokenizer, load_tokenizer
 from gloria.errors import UserError
 
@@ -286,153 +282,4 @@ def test_a_shard_whose_header_says_otherwise(corpus: Path) -> None:
     path.write_bytes(data[: len(MAGIC) + 8] + b"\4" + data[len(MAGIC) + 9 :])
     assert problems_of(open_corpus(corpus).stream, "news") == [
         f"{path}: has 1 tokens of int32, and manifest.json says 2 of uint16{AGAIN}"
-    ]
-
-
-# Adopting
-
-
-def foreign(prefix: Path, documents: list[list[list[int]]], dtype: str = "<u2", code: int = 8) -> Path:
-    """Shards as another program writes them: each document a list of sequences."""
-    sequences = [sequence for document in documents for sequence in document]
-    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    indices = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype("<i8")
-    tokens = np.array([token for sequence in sequences for token in sequence], dtype)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{prefix}.bin").write_bytes(tokens.tobytes())
-    pointers = offsets[:-1] * tokens.itemsize
-    header = HEADER.pack(MAGIC, 1, code, len(sequences), len(indices))
-    Path(f"{prefix}.idx").write_bytes(header + lengths.tobytes() + pointers.tobytes() + indices.tobytes())
-    return prefix
-
-
-def documents_of(folder: Path, entry: SplitEntry) -> list[tuple[int, ...]]:
-    found = []
-    for shard in entry.shards:
-        tokens, offsets = map_tokens(folder / shard.path), read_index(folder / shard.path).document_offsets()
-        found += [tuple(tokens[a:b].tolist()) for a, b in pairwise(offsets)]
-    return found
-
-
-def random_documents(count: int, seed: int = 0) -> list[list[list[int]]]:
-    draws = np.random.RandomState(seed)
-    return [[[*draws.randint(1, VOCAB, draws.randint(1, 400)).tolist(), EOS]] for _ in range(count)]
-
-
-def smallest_hashes(documents: list[tuple[int, ...]], seed: int) -> list[tuple[int, ...]]:
-    """The rule for validation, said plainly: until 1 % or 64 KB of text, at most 10 %."""
-
-    def size(chosen: list[tuple[int, ...]]) -> int:
-        return sum(5 * (len(document) - 1) for document in chosen)
-
-    chosen: list[tuple[int, ...]] = []
-    for document in sorted(documents, key=lambda d: xxhash.xxh3_64_intdigest(np.array(d, "<u2").tobytes(), seed)):
-        total = size(documents)
-        if size(chosen) >= max(total / 100, 64_000) or size([*chosen, document]) > total / 10:
-            break
-        chosen.append(document)
-    return chosen
-
-
-@pytest.mark.parametrize(("dtype", "code"), [("<u2", 8), ("<i4", 4), ("<i8", 5)])
-def test_adopted_shards_keep_every_document(
-    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch, dtype: str, code: int
-) -> None:
-    monkeypatch.setattr("gloria.data.prepare.adopt.ADOPT_TOKENS", 1000)  # several readings even of small files
-    documents = random_documents(600)
-    parts = [documents[:250], documents[250:]]
-    prefixes = [foreign(tmp_path / f"raw/{i}", part, dtype, code) for i, part in enumerate(parts)]
-    entry = adopt_megatron(tmp_path / "out", "web", prefixes, tokenizer, weight=0.5, seed=3, shard_tokens=20_000)
-    expected = [tuple(document[0]) for document in documents]
-    train, valid = (documents_of(tmp_path / "out", part) for part in (entry.train, entry.valid))
-    assert Counter(train + valid) == Counter(expected)
-    assert train == [document for document in expected if document in set(train)]  # in their order
-    assert len(entry.train.shards) > 5
-    assert {shard.dtype for shard in entry.train.shards} == {"uint16"}
-    assert (entry.name, entry.weight) == ("web", 0.5)
-    assert entry.counts == {"read": 600, "kept": 600, "empty": 0}
-    for part, found in ((entry.train, train), (entry.valid, valid)):
-        assert (part.documents, part.tokens) == (len(found), sum(map(len, found)))
-        assert part.bytes == sum(5 * (len(document) - 1) for document in found)  # EOS is no text
-        assert part.words == 0
-    assert Counter(valid) == Counter(smallest_hashes(expected, seed=3))
-    again = adopt_megatron(tmp_path / "again", "web", prefixes, tokenizer, weight=0.5, seed=3, shard_tokens=20_000)
-    assert again == entry
-    other = adopt_megatron(tmp_path / "other", "web", prefixes, tokenizer, seed=4)
-    assert documents_of(tmp_path / "other", other.valid) != valid
-
-
-def test_the_split_of_adopted_shards_hangs_on_the_documents_alone(tmp_path: Path, tokenizer) -> None:
-    documents = random_documents(200)
-    one = foreign(tmp_path / "raw/one", documents)
-    two = [
-        foreign(tmp_path / "raw/two", documents[:80:-1], "<i4", 4),
-        foreign(tmp_path / "raw/three", documents[80::-1]),
-    ]
-    first = adopt_megatron(tmp_path / "first", "s", [one], tokenizer)
-    second = adopt_megatron(tmp_path / "second", "s", two, tokenizer)
-    found = [Counter(documents_of(tmp_path / name, e.valid)) for name, e in (("first", first), ("second", second))]
-    assert found[0] == found[1]
-    assert found[0]
-
-
-def test_sequences_become_one_document_and_empty_ones_go(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    documents = [[[1, 2], [3, EOS]], [], [[]], [[4], [], [5, EOS]], [[EOS]], [[6, EOS], []]]
-    entry = adopt_megatron(tmp_path, "s", [foreign(tmp_path / "raw", documents)], tokenizer)
-    found = documents_of(tmp_path, entry.train) + documents_of(tmp_path, entry.valid)
-    assert sorted(found) == [(EOS,), (1, 2, 3, EOS), (4, 5, EOS), (6, EOS)]
-    assert entry.counts == {"read": 6, "kept": 4, "empty": 2}
-
-
-def test_equal_documents_are_in_the_same_split(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    documents = random_documents(40) * 3
-    entry = adopt_megatron(tmp_path, "s", [foreign(tmp_path / "raw", documents)], tokenizer)
-    train, valid = (Counter(documents_of(tmp_path, part)) for part in (entry.train, entry.valid))
-    assert valid
-    assert not set(train) & set(valid)
-    assert set(train.values()) == set(valid.values()) == {3}
-
-
-def test_one_document_is_for_training(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    entry = adopt_megatron(tmp_path, "s", [foreign(tmp_path / "raw", [[[1, EOS]]])], tokenizer)
-    assert documents_of(tmp_path, entry.train) == [(1, EOS)]
-    assert entry.valid == SplitEntry(0, 0, 0, 0, [])
-
-
-def test_adopted_documents_must_end_with_eos(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    documents = [[[1, EOS]], [[2, 3]], [[EOS, 4]], [[5, EOS]]]
-    prefix = foreign(tmp_path / "raw", documents)
-    assert problems_of(adopt_megatron, tmp_path / "out", "s", [prefix], tokenizer) == [
-        f"{prefix}.bin: 2 of 4 documents don't end with EOS (id 0); make it again with --append-eod"
-    ]
-    assert not (tmp_path / "out").exists()
-
-
-def test_eos_inside_adopted_documents_is_said(tmp_path: Path, tokenizer: TextTokenizer, capsys) -> None:
-    prefix = foreign(tmp_path / "raw", [[[1, EOS, 2, EOS]], [[EOS, EOS]], [[3, EOS]]])
-    adopt_megatron(tmp_path / "out", "s", [prefix], tokenizer)
-    assert capsys.readouterr().err == (
-        f"warning: {prefix}.bin: EOS stands 2 times inside documents; there they will count as two\n"
-    )
-
-
-@pytest.mark.parametrize(("dtype", "code", "token"), [("<u2", 8, VOCAB), ("<i4", 4, 10**6), ("<i2", 3, -7)])
-def test_adopted_ids_must_be_of_the_tokenizer(
-    tmp_path: Path, tokenizer: TextTokenizer, dtype: str, code: int, token: int
-) -> None:
-    prefix = foreign(tmp_path / "raw", [[[1, token, EOS]]], dtype, code)
-    assert problems_of(adopt_megatron, tmp_path / "out", "s", [prefix], tokenizer) == [
-        f"{prefix}.bin: has token id {token} in a vocabulary of {VOCAB}; name the tokenizer that made it"
-    ]
-
-
-def test_adopting_nothing(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    prefix = foreign(tmp_path / "raw", [])
-    assert problems_of(adopt_megatron, tmp_path / "out", "s", [prefix], tokenizer) == [
-        'source "s": there is no document in its shards; check its paths'
-    ]
-    missing = tmp_path / "missing"
-    assert problems_of(adopt_megatron, tmp_path / "out", "s", [missing], tokenizer) == [
-        f"{missing}.idx: no such file; a shard is a .bin and an .idx side by side"
     ]

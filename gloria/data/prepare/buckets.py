@@ -1,10 +1,10 @@
 """Passes 2 and 3 of `gloria.prepare`: buckets of hashed documents into token shards.
 
-`survey` learns from the hashes alone which documents are duplicates and which may be for validation, `draw`
-takes the sample that a new tokenizer is trained on, `tokenise` turns a bucket into tokens in the order of
-the hashes, and `gather` lays the buckets of one split of one source one after the other and cuts shards at
-document ends. Each is a function of one task that some worker runs; its result depends on the documents
-only.
+`survey` finds from the hashes alone which documents are duplicates, `choose` which may be for validation;
+`collect_runs` reads what validation holds, `draw` takes the sample that a new tokenizer is trained on,
+`tokenise` turns a bucket into tokens in the order of the hashes, and `gather` puts the buckets of one split of
+one source one after the other and cuts shards at document ends. Each is a function of one task that some
+worker runs; its result depends on the documents only.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
-from gloria.data.corpus import TOKENIZER, SourceEntry
-from gloria.data.prepare.adopt import adopt_megatron
-from gloria.data.prepare.recipe import SourceConfig
-from gloria.data.prepare.scatter import Frame, cut_texts, deduplicate, read_kept, read_records
-from gloria.data.prepare.split import candidates
+from gloria.data.prepare.overlap import places_of, runs_of_words
+from gloria.data.prepare.scatter import Frame, cut_texts, deduplicate, read_kept, read_records, shared_tokenizer
+from gloria.data.prepare.split import Split, candidates
 from gloria.data.shards import ShardEntry, dtype_for_vocab, write_split
-from gloria.data.tokenizer import load_tokenizer
+from gloria.data.tokenizer import PIECE_CHARS, TextTokenizer, cut_at_spaces
+from gloria.errors import warn
 
 ENCODE_BYTES = 1 << 20  # text tokenised at a time: its encodings take many times its size
+WHOLE_PIECES = 4  # times the usual piece: longer texts that can't be cut are reported
 
-_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+_load = functools.lru_cache(maxsize=1)(np.load)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class BucketTask:
 
     frames: Sequence[Frame]
     sources: int
-    bounds: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # (sources,), see `is_valid`
+    split: Split | None = None
+    runs: str = ""  # file of the validation documents' runs of words
     chances: np.ndarray = field(default_factory=lambda: np.empty(0))  # (sources,) of a document to be drawn
     tokenizer: str = ""
     out: str = ""  # what the result is written to
@@ -47,17 +48,16 @@ class BucketTask:
 
 @dataclass(frozen=True)
 class Survey:
-    """A bucket's documents by source, each int64 (sources,), and its candidates for validation."""
+    """A bucket's documents by source, each int64 (sources,)."""
 
     kept: np.ndarray
     size: np.ndarray  # bytes of what is kept
     duplicate: np.ndarray  # of a document of the same source
     duplicate_elsewhere: np.ndarray  # of one of a source that comes earlier in the recipe
-    candidates: np.ndarray  # RECORD (candidates,)
 
 
 def survey(task: BucketTask) -> Survey:
-    """What is kept of a bucket and what may be for validation."""
+    """What is kept of a bucket."""
     records = read_records(task.frames)
     keep, keeper = deduplicate(records)
     kept = records[keep]
@@ -74,13 +74,31 @@ def survey(task: BucketTask) -> Survey:
         size=size,
         duplicate=count(records["source"][same]) - own,
         duplicate_elsewhere=count(records["source"][~same]),
-        candidates=kept[candidates(kept["source"], kept["low"], kept["size"])],
     )
 
 
-def is_valid(records: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Which documents are for validation, bool (documents,): split-hash below the source's bound, (sources,)."""
-    return records["low"] < bounds[records["source"]]
+def choose(task: BucketTask) -> np.ndarray:
+    """The bucket's candidates for validation, RECORD (candidates,)."""
+    assert task.split is not None
+    records = read_records(task.frames)
+    kept = records[deduplicate(records)[0]]
+    return kept[candidates(kept["source"], kept["low"], kept["size"], task.split.most)]
+
+
+def collect_runs(task: BucketTask) -> list[tuple[int, np.ndarray]]:
+    """Source and runs of words, uint64 (runs,), of the bucket's validation documents that have any."""
+    assert task.split is not None
+    records = read_records(task.frames)
+    if not task.split.is_valid(records).any():  # most buckets have none, and their texts need not be read
+        return []
+    records, texts = read_kept(task.frames)
+    chosen = np.flatnonzero(task.split.is_valid(records))
+    found = [(int(records["source"][i]), runs_of_words(_text(records[i], texts[i]))) for i in chosen]
+    return [(source, runs) for source, runs in found if len(runs)]
+
+
+def _text(record: np.void, data: bytes) -> str:
+    return data[: record["size"]].decode()
 
 
 def draw(task: BucketTask) -> np.ndarray:
@@ -91,7 +109,8 @@ def draw(task: BucketTask) -> np.ndarray:
     """
     records, texts = read_kept(task.frames)
     chance = (records["high"] + records["low"]).astype(np.float64) / 2.0**64
-    chosen = (chance < task.chances[records["source"]]) & ~is_valid(records, task.bounds)
+    assert task.split is not None
+    chosen = (chance < task.chances[records["source"]]) & ~task.split.is_valid(records)
     sizes = records["size"][chosen]
     with open(task.out, "wb") as file:
         file.write(np.int64(len(sizes)).tobytes())
@@ -127,31 +146,62 @@ class Segment(NamedTuple):
     first_token: int
 
 
-def tokenise(task: BucketTask) -> tuple[list[Segment], float]:
+class Tokenised(NamedTuple):
+    """What `tokenise` made of a bucket."""
+
+    segments: list[Segment]
+    seconds: float  # spent in the tokenizer
+    met: np.ndarray  # uint64 (runs,), ascending: validation's runs of words that training documents hold too
+
+
+def tokenise(task: BucketTask) -> Tokenised:
     """Write the tokens of a bucket's documents, each with its EOS, and their lengths to `task.out`, grouped
-    by source and split. Gives the groups and the seconds spent in the tokenizer.
+    by source and split.
     """
-    tokenizer = _tokenizer(task.tokenizer)
-    dtype = dtype_for_vocab(tokenizer.vocab_size)
-    end = np.array([tokenizer.eos_id], dtype)
+    assert task.split is not None
+    tokenizer = shared_tokenizer(task.tokenizer)
+    held_out = _load(task.runs)
     records, texts = read_kept(task.frames)
-    group = records["source"] * 2 + is_valid(records, task.bounds)
+    valid = task.split.is_valid(records)
+    group = records["source"] * 2 + valid
     order = np.argsort(group, kind="stable")  # within a group they stay in the order of the hashes
     lengths = np.empty(len(order), np.int32)
-    words = np.empty(len(order), np.int64)
+    words = np.zeros(len(order), np.int64)
+    met = np.zeros(len(held_out), bool)
     seconds = 0.0
     with open(f"{task.out}.tokens", "wb") as file:
         for first, last in _batches(records["size"][order]):
-            batch = [texts[i].decode() for i in order[first:last]]
             start = time.perf_counter()
-            encoded = tokenizer.encode_batch(batch)
+            batch = [_text(records[i], texts[i]) for i in order[first:last]]
+            encoded = _encode(tokenizer, batch, [texts[i][records["size"][i] :] for i in order[first:last]])
             seconds += time.perf_counter() - start
-            ids = [part for document in encoded for part in (document, end)]
-            file.write(np.concatenate(ids).astype(dtype, copy=False).tobytes())
-            lengths[first:last] = [len(document) + 1 for document in encoded]
-            words[first:last] = [len(text.split()) for text in batch]
+            file.write(np.concatenate(encoded).tobytes())
+            lengths[first:last] = [len(document) for document in encoded]
+            for number, text in enumerate(batch, first):
+                for piece in cut_at_spaces(text):
+                    words[number] += len(piece.split())
+                    if not valid[order[number]]:
+                        met[places_of(runs_of_words(piece), held_out)] = True
     lengths.tofile(f"{task.out}.lengths")
-    return _segments(task.out, group[order], lengths, records["size"][order], words), seconds
+    segments = _segments(task.out, group[order], lengths, records["size"][order], words)
+    return Tokenised(segments, seconds, held_out[met])
+
+
+def _encode(tokenizer: TextTokenizer, texts: Sequence[str], tokens: Sequence[bytes]) -> list[np.ndarray]:
+    """The ids of documents with their EOS: those they came with (`tokens`), else those of their texts."""
+    dtype = dtype_for_vocab(tokenizer.vocab_size)
+    limit = WHOLE_PIECES * PIECE_CHARS
+    for text in [text for text, given in zip(texts, tokens) if not given and len(text) > limit]:
+        longest = len(text) if tokenizer.why_whole else max(map(len, cut_at_spaces(text)))
+        if longest > limit:
+            why = tokenizer.why_whole or "it has no single space between words"
+            warn(
+                f'the document of {len(text):,} characters that begins "{text[:60]}" can\'t be cut up to be tokenised '
+                f"({why}): this takes about {longest / 1e7:.1f} GB of memory"
+            )
+    encoded = iter(tokenizer.encode_batch([text for text, given in zip(texts, tokens) if not given]))
+    end = np.array([tokenizer.eos_id], dtype)
+    return [np.frombuffer(given, dtype) if given else np.concatenate([next(encoded), end]) for given in tokens]
 
 
 def _batches(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -199,27 +249,3 @@ def _chunks(segments: Sequence[Segment], dtype: np.dtype) -> Iterator[tuple[np.n
         )
         offset = dtype.itemsize * segment.first_token
         yield np.fromfile(f"{segment.prefix}.tokens", dtype, segment.tokens, offset=offset), lengths
-
-
-@dataclass(frozen=True)
-class AdoptTask:
-    """One source of token shards made elsewhere: its configuration and the shards' prefixes."""
-
-    folder: str
-    source: SourceConfig
-    prefixes: Sequence[str]
-    seed: int
-    shard_tokens: int
-
-
-def adopt(task: AdoptTask) -> SourceEntry:
-    """Take over a source of token shards, which must be those of the corpus's tokenizer."""
-    return adopt_megatron(
-        task.folder,
-        task.source.name,
-        task.prefixes,
-        _tokenizer(f"{task.folder}/{TOKENIZER}"),
-        weight=task.source.weight,
-        seed=task.seed,
-        shard_tokens=task.shard_tokens,
-    )

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,24 +18,27 @@ import numpy as np
 
 from gloria.data.corpus import FORMAT, SPLITS, TOKENIZER, Manifest, SourceEntry, SplitEntry
 from gloria.data.prepare.buckets import (
-    AdoptTask,
     BucketTask,
     GatherTask,
     Segment,
-    adopt,
+    choose,
+    collect_runs,
     draw,
     gather,
     read_sample,
     survey,
     tokenise,
 )
-from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceFile, to_record, tokenizer_place
-from gloria.data.prepare.report import DROPPED
-from gloria.data.prepare.scatter import RECORD, Frame, read_sources
-from gloria.data.prepare.split import candidates, validation_bound
+from gloria.data.prepare.inputs import differences, read_states, shorten, write_states
+from gloria.data.prepare.overlap import near_duplicates
+from gloria.data.prepare.recipe import Recipe, SourceFile, to_record, tokenizer_place
+from gloria.data.prepare.report import NEAR, heading, in_order
+from gloria.data.prepare.scatter import RECORD, Frame, long_documents, read_sources
+from gloria.data.prepare.split import Split, candidates, most_bytes, validation_bound
 from gloria.data.prepare.workers import Workers
 from gloria.data.tokenizer import TextTokenizer, import_tokenizer, train_tokenizer
-from gloria.errors import UserError, warn
+from gloria.errors import UserError
+from gloria.files import size_text
 
 MOST_FRESH = 1 << 20  # candidates for validation that wait to be chosen from
 
@@ -56,102 +60,105 @@ class PrepareStats:
         )
 
 
-@dataclass(frozen=True)
-class DedupResult:
-    """What deduplication leaves, by source, and where validation begins."""
-
-    documents: np.ndarray  # int64 (sources,)
-    size: np.ndarray  # int64 (sources,), bytes of text
-    bounds: np.ndarray  # uint64 (sources,), split-hashes below are for validation
-
-
 def make_corpus(
     recipe: Recipe, files: Sequence[Sequence[SourceFile]], where: str, work: Path, workers: int
 ) -> tuple[Manifest, PrepareStats]:
     """Make the corpus of a recipe (read from `where`) in `work`/corpus, and return the manifest it lacks.
 
-    `files` are those of each source, as `find_files` gives them; `UserError` tells what is wrong with them.
+    `files` are those of each source, as `find_files` gives them; `UserError` says what is wrong with them.
     """
     folder = work / "corpus"
     folder.mkdir()
     start = time.perf_counter()
-    with Workers(workers) as pool:
-        counts, frames = read_sources(recipe, files, work, pool)
-        kept = survey_buckets(recipe, counts, frames, pool)
-        trained = -time.perf_counter()
-        tokenizer = make_tokenizer(recipe, where, kept, frames, work, pool)
-        trained += time.perf_counter()
-        segments, encoding = tokenise_buckets(kept, frames, work, pool)
-        shutil.rmtree(work / "spill")
-        sources = gather_shards(recipe, counts, segments, tokenizer.vocab_size, folder, pool)
-        adopted = adopt_shards(recipe, files, folder, pool)
-    effort = PrepareStats(int(kept.size.sum()), time.perf_counter() - start - trained, encoding, workers)
-    sources = [adopted.get(source.name, entry) for source, entry in zip(recipe.source, sources)]
+    try:
+        with Workers(workers) as pool:
+            states = read_states(files, where, pool)
+            if recipe.tokenizer.path:
+                tokenizer = import_tokenizer(tokenizer_place(recipe, where), folder / TOKENIZER)
+            counts, frames = read_sources(recipe, files, work, str(folder / TOKENIZER), pool)
+            if changed := differences(states, files, where):
+                raise UserError(f"{shorten(changed)} while it was read; start again when the files are complete")
+            size, split = survey_buckets(recipe, counts, frames, pool)
+            trained = -time.perf_counter()
+            if not recipe.tokenizer.path:
+                tokenizer = make_tokenizer(recipe, size, split, frames, work, pool)
+            trained += time.perf_counter()
+            segments, encoding = tokenise_buckets(counts, split, frames, work, pool)
+            shutil.rmtree(work / "spill")
+            sources = gather_shards(recipe, counts, segments, tokenizer.vocab_size, folder, pool)
+    except (BrokenProcessPool, MemoryError):
+        raise UserError(_why_died(work, workers)) from None
+    write_states(folder, states)
+    stats = PrepareStats(int(size.sum()), time.perf_counter() - start - trained, encoding, workers)
     values = {key: getattr(tokenizer, key) for key in ("fingerprint", "vocab_size", "eos_id", "pad_id")}
-    return Manifest(FORMAT, values, sources, to_record(recipe)), effort
+    return Manifest(FORMAT, values, sources, to_record(recipe)), stats
+
+
+def _why_died(work: Path, workers: int) -> str:
+    """What to say when a worker was killed or had no memory left: with the longest documents, if any are long."""
+    found = [f"{place} ({size_text(size)})" for size, place in long_documents(work)]
+    what = "a worker was killed, or ran out of memory"
+    fewer = ", use fewer --workers" if workers > 1 else ""
+    if found:
+        return f"{what}; the longest documents are {shorten(found)}: cut them up{fewer}, or give it more memory"
+    return f"{what}; give it more memory{fewer}"
 
 
 def survey_buckets(
     recipe: Recipe, counts: Sequence[Counter[str]], frames: Sequence[Sequence[Frame]], pool: Workers
-) -> DedupResult:
-    """Pass 2, first look: what is kept, added to the `counts`, and the bounds of validation."""
+) -> tuple[np.ndarray, Split]:
+    """Pass 2, first look: what is kept, added to the `counts`; bytes of text by source, (sources,); the split."""
     sources = len(recipe.source)
     size = np.zeros(sources, np.int64)
-    chosen = np.empty(0, RECORD)
-    fresh: list[np.ndarray] = []
-    tasks = [BucketTask(bucket, sources) for bucket in frames]
-    for found in pool.map(survey, tasks, "deduplicating"):
+    for found in pool.map(survey, [BucketTask(bucket, sources) for bucket in frames], "deduplicating"):
         size += found.size
         for key in ("kept", "duplicate", "duplicate_elsewhere"):
             for count, number in zip(counts, getattr(found, key).tolist()):
                 count[key] += number
-        fresh.append(found.candidates)
-        if sum(map(len, fresh)) > MOST_FRESH:
-            chosen, fresh = _choose([chosen, *fresh]), []
-    chosen = _choose([chosen, *fresh])
-    bounds = np.zeros(sources, np.uint64)
     problems = []
-    for number, (source, count) in enumerate(zip(recipe.source, counts)):
-        if source.format == MEGATRON:
-            continue
+    for source, count in zip(recipe.source, counts):
         if not count["kept"]:
-            reasons = [f"{count[key]:,} {reason}" for key, reason in DROPPED.items() if count[key]]
+            reasons = [f"{number:,} {heading(key)}" for key, number in count.items() if number and key != "read"]
             left = f"no document is left of {count['read']:,} ({', '.join(reasons)})"
             problems.append(
                 f'source "{source.name}": {left if reasons else "its files hold no document"}; '
                 "check its paths and options, or remove it"
             )
-            continue
-        if count["kept"] == 1:
-            warn(f'source "{source.name}": has one document, which is for training; it has no validation')
-        own = chosen[chosen["source"] == number]
-        bounds[number] = validation_bound(own["low"], own["size"], count["kept"], int(size[number]))
     if problems:
         raise UserError(*problems)
-    return DedupResult(np.array([count["kept"] for count in counts]), size, bounds)
+    split = Split(most_bytes(size), np.zeros(sources, np.uint64))
+    chosen = np.empty(0, RECORD)
+    fresh: list[np.ndarray] = []
+    for records in pool.map(choose, [BucketTask(bucket, sources, split) for bucket in frames], "splitting"):
+        fresh.append(records)
+        if sum(map(len, fresh)) > MOST_FRESH:
+            chosen, fresh = _choose([chosen, *fresh], split), []
+    chosen = _choose([chosen, *fresh], split)
+    for number in range(sources):
+        own = chosen[chosen["source"] == number]
+        split.bounds[number] = validation_bound(own["low"], own["size"], int(size[number]))
+    return size, split
 
 
-def _choose(parts: Sequence[np.ndarray]) -> np.ndarray:
+def _choose(parts: Sequence[np.ndarray], split: Split) -> np.ndarray:
     records = np.concatenate(parts)
-    return records[candidates(records["source"], records["low"], records["size"])]
+    return records[candidates(records["source"], records["low"], records["size"], split.most)]
 
 
 def make_tokenizer(
-    recipe: Recipe, where: str, kept: DedupResult, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
+    recipe: Recipe, size: np.ndarray, split: Split, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
 ) -> TextTokenizer:
-    """The tokenizer in `work`/corpus/tokenizer: taken over, or trained on a sample that is drawn by weight.
+    """The tokenizer in `work`/corpus/tokenizer, trained on a sample that is drawn by weight.
 
     Each source gives its share of `sample_bytes`, as documents of training, or all of them where it has less.
     """
     folder = work / "corpus" / TOKENIZER
     config = recipe.tokenizer
-    if config.path:
-        return import_tokenizer(tokenizer_place(recipe, where), folder)
     weights = np.array([source.weight for source in recipe.source])
-    chances = config.sample_bytes * weights / weights.sum() / kept.size
+    chances = config.sample_bytes * weights / weights.sum() / size
     (work / "sample").mkdir()
     tasks = [
-        BucketTask(bucket, len(weights), kept.bounds, chances, out=str(work / "sample" / f"{number:05d}"))
+        BucketTask(bucket, len(weights), split, chances=chances, out=str(work / "sample" / f"{number:05d}"))
         for number, bucket in enumerate(frames)
     ]
     drawn = sum(pool.map(draw, tasks, "drawing a sample"), np.zeros(len(weights), np.int64))
@@ -163,27 +170,37 @@ def make_tokenizer(
 
 
 def tokenise_buckets(
-    kept: DedupResult, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
+    counts: Sequence[Counter[str]], split: Split, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
 ) -> tuple[dict[tuple[int, bool], list[Segment]], float]:
-    """Pass 2, second look: the buckets' tokens by (source, is validation); seconds spent in the tokenizer."""
+    """Pass 2, second look: the buckets' tokens by (source, is validation); seconds spent in the tokenizer.
+
+    Adds to the `counts` how many validation documents are near-duplicates of training text.
+    """
     (work / "tokens").mkdir()
-    folder = str(work / "corpus" / TOKENIZER)
     tasks = [
         BucketTask(
             bucket,
-            len(kept.bounds),
-            kept.bounds,
-            tokenizer=folder,
+            len(counts),
+            split,
+            tokenizer=str(work / "corpus" / TOKENIZER),
+            runs=str(work / "runs.npy"),
             out=str(work / "tokens" / f"{number:05d}"),
         )
         for number, bucket in enumerate(frames)
     ]
+    held_out = [document for found in pool.map(collect_runs, tasks, "reading validation") for document in found]
+    runs = [runs for _, runs in held_out]
+    np.save(work / "runs.npy", np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64))
     segments: dict[tuple[int, bool], list[Segment]] = defaultdict(list)
+    met = np.empty(0, np.uint64)
     seconds = 0.0
-    for found, spent in pool.map(tokenise, tasks, "tokenising"):
-        seconds += spent
-        for segment in found:
+    for found in pool.map(tokenise, tasks, "tokenising"):
+        seconds += found.seconds
+        met = np.union1d(met, found.met)
+        for segment in found.segments:
             segments[segment.source, segment.valid].append(segment)
+    for count, number in zip(counts, near_duplicates(held_out, met, len(counts)).tolist()):
+        count[NEAR] += number
     return segments, seconds
 
 
@@ -214,18 +231,6 @@ def gather_shards(
         )
         entries.append(SplitEntry(documents, tokens, size, words, shards))
     return [
-        SourceEntry(source.name, source.weight, train, valid, {key: count[key] for key in ("read", *DROPPED, "kept")})
+        SourceEntry(source.name, source.weight, train, valid, in_order(count))
         for source, train, valid, count in zip(recipe.source, entries[::2], entries[1::2], counts)
     ]
-
-
-def adopt_shards(
-    recipe: Recipe, files: Sequence[Sequence[SourceFile]], folder: Path, pool: Workers
-) -> dict[str, SourceEntry]:
-    """The sources that are token shards made elsewhere, by name."""
-    tasks = [
-        AdoptTask(str(folder), source, [file.path for file in found], recipe.seed, recipe.shard_tokens)
-        for source, found in zip(recipe.source, files)
-        if source.format == MEGATRON
-    ]
-    return {entry.name: entry for entry in pool.map(adopt, tasks, "adopting shards")}

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from gloria.data.corpus import Manifest, SourceEntry
+from gloria.data.prepare.overlap import NEAR_SHARE, WORDS
+from gloria.data.prepare.split import MOST_BYTES, MOST_SHARE
 
+NEAR = "valid_near_train"  # key of a source's counts: validation documents nearly equal to training text
+FILTERED = "filter: "  # before a reason of the user's own among a source's counts
 MOST_EPOCHS = 4.0  # repeating data up to about four times is as good as new data (Muennighoff et al. 2023)
-DROPPED = {  # key of a source's counts -> why documents were dropped
-    "malformed": "malformed",
-    "empty": "empty",
-    "short": "too short",
-    "duplicate": "duplicate",
-    "duplicate_elsewhere": "in earlier source",
-}
+HEADINGS = {"short": "too short", "duplicate_elsewhere": "in earlier source"}  # of keys that aren't plain by themselves
+FIRST = ("read", "malformed", "empty", "short")
+LAST = ("duplicate", "duplicate_elsewhere", "kept", NEAR)
+
+
+def heading(key: str) -> str:
+    """How a reason to drop documents, a key of a source's counts, is called in reports."""
+    return HEADINGS.get(key, key.removeprefix(FILTERED))
+
+
+def in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    """A source's counts as the manifest holds them: read, reasons to drop, kept."""
+    others = sorted(set(counts) - {*FIRST, *LAST})
+    return {key: counts.get(key, 0) for key in (*FIRST, *others, *LAST)}
 
 
 def report(manifest: Manifest, budget_tokens: int | None = None) -> list[str]:
-    """The table's lines, a row a source; with a budget (training tokens) also the epochs it makes of each
-    source, and the weights that would keep every source at 4 epochs at most.
+    """The table's lines, a row a source, and what is special about validation; with a budget (training tokens)
+    also the epochs it makes of each source, and the weights that would keep every source at 4 epochs at most.
     """
     sources = manifest.sources
-    reasons = [key for key in DROPPED if any(source.counts.get(key) for source in sources)]
-    headings = ["source", "read", *(DROPPED[key] for key in reasons), "kept", "MB"]
+    total_counts = in_order(sum((Counter(source.counts) for source in sources), Counter()))
+    reasons = [key for key, number in total_counts.items() if number and key not in ("read", "kept", NEAR)]
+    headings = ["source", "read", *map(heading, reasons), "kept", "MB"]
     headings += ["train tokens", "valid tokens", "tokens/word", "weight", "share"]
     total = sum(source.weight for source in sources)
     rows = [_row(source, reasons, total) for source in sources]
@@ -40,7 +53,17 @@ def report(manifest: Manifest, budget_tokens: int | None = None) -> list[str]:
             most = int(MOST_EPOCHS * sum(source.train.tokens for source in sources if source.weight))
             what = f"{budget_tokens:,} tokens are more than {MOST_EPOCHS:g} epochs of all, {most:,}"
             lines = [f"no weights keep every source at {MOST_EPOCHS:g} epochs: {what}"]
-    return [*_align([headings, *rows]), *lines]
+    return [*_align([headings, *rows]), *(line for source in sources for line in _about_validation(source)), *lines]
+
+
+def _about_validation(source: SourceEntry) -> Iterator[str]:
+    """What a reader of validation losses has to know."""
+    if source.train.documents and not source.valid.documents:
+        limit = f"{MOST_SHARE:.0%} of its text and {MOST_BYTES / 1e6:g} MB"
+        yield f'source "{source.name}" has no validation: each of its documents is more than {limit}'
+    if near := source.counts.get(NEAR):
+        share = f"{NEAR_SHARE:.0%} or more of their runs of {WORDS} words with training text"
+        yield f'source "{source.name}": {near:,} of {source.valid.documents:,} validation documents share {share}'
 
 
 def _down(weight: float) -> str:

@@ -2,18 +2,19 @@
 
 A bucket is a range of the documents' keyed xxh3-128 hashes, so the buckets in order are all documents in
 the order of their hashes: equal texts meet in one bucket (exact deduplication without a global table) and
-the order is a shuffle that hangs on nothing but the texts. A worker writes one spill file, however many
+the order is a shuffle that depends on nothing but the texts. A worker writes one spill file, however many
 buckets there are: in it are frames, each a bucket's records (hash, size, source) and then their texts,
 compressed together.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import io
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +23,14 @@ import numpy as np
 import xxhash
 import zstandard
 
+from gloria.data.prepare.adopt import cut_documents, read_shard
+from gloria.data.prepare.filters import ask_filter
+from gloria.data.prepare.inputs import text_bytes
 from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceConfig, SourceFile
-from gloria.data.prepare.text import clean, lines_before, read_documents, text_bytes
+from gloria.data.prepare.report import FILTERED
+from gloria.data.prepare.text import Document, clean, lines_before, read_documents
 from gloria.data.prepare.workers import Workers
+from gloria.data.tokenizer import load_tokenizer
 from gloria.errors import UserError, warn
 
 PIECE_BYTES = 64 << 20  # of an uncompressed file that a worker reads at a stretch
@@ -35,12 +41,19 @@ SPILL_BYTES = 64 << 20  # text a worker holds before it writes it out
 WARNED_FILES = 10  # files with malformed documents that get a line of their own
 SHOWN = 3  # malformed documents of a file that are named; the others are counted
 
-# The hash's upper half orders the documents, its lower half splits them into training and validation.
-RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<i8"), ("source", "<i4")])
+LONG_BYTES = 4 << 20  # documents from this size on are noted, so that they can be named if memory runs out
+
+# The hash's upper half orders the documents, its lower half splits them into training and validation. Sizes are
+# bytes: of the text, and of the tokens behind it where the document came with them.
+RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<i8"), ("tokens", "<i8"), ("source", "<i4")])
+
+shared_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
 class Piece(NamedTuple):
-    """A file, or the lines of one that begin in a range of bytes, and its source's number in the recipe."""
+    """A file or a range of it, and its source's number in the recipe. A range is the lines that begin in it
+    (bytes), or the documents of token shards with these numbers.
+    """
 
     source: int
     file: SourceFile
@@ -66,6 +79,7 @@ class ScatterTask:
     seed: int
     buckets: int
     spill: str
+    tokenizer: str  # folder; needed for token shards only
 
 
 @dataclass
@@ -78,28 +92,26 @@ class PieceCounts:
 
 
 def read_sources(
-    recipe: Recipe, files: Sequence[Sequence[SourceFile]], work: Path, pool: Workers
+    recipe: Recipe, files: Sequence[Sequence[SourceFile]], work: Path, tokenizer: str, pool: Workers
 ) -> tuple[list[Counter[str]], list[list[Frame]]]:
-    """Pass 1. Counts of documents by source, and the frames of each bucket that holds any, in order."""
-    texts = [
-        (number, file)
-        for number, source in enumerate(files)
-        for file in source
-        if recipe.source[number].format != MEGATRON
-    ]
-    total = sum(text_bytes(file.path, file.format) for _, file in texts)
+    """Pass 1. Counts of documents by source, and the frames of each bucket that holds any, in order.
+
+    `tokenizer` is the folder of the tokenizer that token shards were made with.
+    """
+    found = [(number, file) for number, source in enumerate(files) for file in source]
+    total = sum(text_bytes(file) for _, file in found)
     buckets = min(max(total // BUCKET_BYTES, LEAST_BUCKETS), MOST_BUCKETS)
-    pieces = [piece for number, file in texts for piece in _cut(number, file)]
+    pieces = [piece for number, file in found for piece in _cut(number, file)]
     (work / "spill").mkdir()
     tasks = [
-        ScatterTask(batch, recipe.source, recipe.seed, buckets, str(work / "spill" / f"{number:05d}"))
+        ScatterTask(batch, recipe.source, recipe.seed, buckets, str(work / "spill" / f"{number:05d}"), tokenizer)
         for number, batch in enumerate(_batches(pieces, max(4 * pool.count, total // BATCH_BYTES)))
     ]
     results: list[PieceCounts] = []
     frames: dict[int, list[Frame]] = defaultdict(list)
-    for counts, found in pool.map(scatter, tasks, "reading"):
+    for counts, buckets_frames in pool.map(scatter, tasks, "reading"):
         results += counts
-        for bucket, more in found.items():
+        for bucket, more in buckets_frames.items():
             frames[bucket] += more
     counts = [Counter[str]() for _ in recipe.source]
     for result in results:
@@ -109,6 +121,8 @@ def read_sources(
 
 
 def _cut(source: int, file: SourceFile) -> list[Piece]:
+    if file.format == MEGATRON:
+        return [Piece(source, file, first, last) for first, last in itertools.pairwise(cut_documents(file.path))]
     if file.format != "jsonl":  # the others can only be read from their beginning
         return [Piece(source, file)]
     size = Path(file.path).stat().st_size
@@ -127,9 +141,9 @@ def _batches(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
 
 
 def _size(piece: Piece) -> int:
-    if piece.end is not None:
-        return piece.end - piece.start
-    return text_bytes(piece.file.path, piece.file.format)
+    if piece.file.format == MEGATRON or piece.end is None:
+        return text_bytes(piece.file)
+    return piece.end - piece.start
 
 
 def report_malformed(recipe: Recipe, counts: Sequence[Counter[str]], results: Sequence[PieceCounts]) -> None:
@@ -173,20 +187,31 @@ def scatter(task: ScatterTask) -> tuple[list[PieceCounts], dict[int, list[Frame]
     return counts, spill.frames
 
 
-def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCounts:
-    config = task.sources[piece.source]
-    result = PieceCounts(piece)
-    counts = result.counts
-    for line, text, problem in read_documents(
+def _read(piece: Piece, config: SourceConfig, tokenizer: str) -> Iterator[Document]:
+    if piece.file.format == MEGATRON:
+        assert piece.end is not None
+        return read_shard(piece.file.path, shared_tokenizer(tokenizer), piece.start, piece.end)
+    return read_documents(
         piece.file.path,
         piece.file.format,
         text_field=config.text_field,
         documents=config.documents,
+        columns=bool(config.filter),
         start=piece.start,
         end=piece.end,
-    ):
+    )
+
+
+def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCounts:
+    config = task.sources[piece.source]
+    result = PieceCounts(piece)
+    counts = result.counts
+    for line, text, problem, metadata, tokens in _read(piece, config, task.tokenizer):
         counts["read"] += 1
         data = b""
+        if len(text) >= LONG_BYTES:
+            with open(f"{task.spill}.long", "a") as file:
+                file.write(f"{len(text)}\t{_place(piece, line)}\n")
         if not problem:
             text = clean(text)
             try:
@@ -197,15 +222,29 @@ def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCount
             counts["malformed"] += 1
             if len(result.malformed) < SHOWN:
                 result.malformed.append((line, problem))
-        elif len(text) < config.min_chars:
-            counts["short" if text else "empty"] += 1
+        elif reason := config.why_dropped(text):
+            counts[reason] += 1
+        elif config.filter and (reason := ask_filter(config.filter, text, metadata, _place(piece, line))):
+            counts[f"{FILTERED}{reason}"] += 1
         else:
-            spill.add(piece.source, xxhash.xxh3_128_digest(data, task.seed), data)
+            spill.add(piece.source, xxhash.xxh3_128_digest(data, task.seed), data, tokens)
     return result
 
 
+def _place(piece: Piece, line: int) -> str:
+    path = piece.file.path
+    return f"{path}:{(0 if piece.file.format == MEGATRON else lines_before(path, piece.start)) + line}"
+
+
+def long_documents(work: Path) -> list[tuple[int, str]]:
+    """Size (characters) and place of the documents of LONG_BYTES and more that were read, the longest first."""
+    lines = [line for path in sorted(work.glob("spill/*.long")) for line in path.read_text().splitlines()]
+    sizes = [(int(size), where) for size, _, where in (line.partition("\t") for line in lines)]
+    return sorted(sizes, reverse=True)
+
+
 class _Spill:
-    """Documents on their way into one spill file, which `frames` (by bucket) tells how to read."""
+    """Documents on their way into one spill file, which `frames` (by bucket) says how to read."""
 
     def __init__(self, file: io.BufferedWriter, path: str, buckets: int) -> None:
         self.frames: dict[int, list[Frame]] = {}
@@ -216,14 +255,16 @@ class _Spill:
     def _clear(self) -> None:
         self._sources: list[int] = []
         self._digests: list[bytes] = []
-        self._texts: list[bytes] = []
+        self._texts: list[bytes] = []  # each with its tokens behind it
+        self._sizes: list[tuple[int, int]] = []
         self._held = 0
 
-    def add(self, source: int, digest: bytes, data: bytes) -> None:
+    def add(self, source: int, digest: bytes, data: bytes, tokens: bytes) -> None:
         self._sources.append(source)
         self._digests.append(digest)
-        self._texts.append(data)
-        self._held += len(data)
+        self._texts.append(data + tokens if tokens else data)
+        self._sizes.append((len(data), len(tokens)))
+        self._held += len(self._texts[-1])
         if self._held >= SPILL_BYTES:
             self.flush()
 
@@ -233,7 +274,7 @@ class _Spill:
         halves = np.frombuffer(b"".join(self._digests), ">u8").reshape(-1, 2)  # (documents, high and low)
         records = np.empty(len(halves), RECORD)
         records["high"], records["low"] = halves[:, 0], halves[:, 1]
-        records["size"] = [len(data) for data in self._texts]
+        records["size"], records["tokens"] = np.array(self._sizes).T
         records["source"] = self._sources
         bucket = ((records["high"] >> 48) * self._buckets) >> 16  # equal ranges of the hash, ascending
         order = np.argsort(bucket, kind="stable")
@@ -254,9 +295,11 @@ def read_records(frames: Sequence[Frame]) -> np.ndarray:
 
 
 def read_kept(frames: Sequence[Frame]) -> tuple[np.ndarray, list[bytes]]:
-    """What deduplication keeps of a bucket, in the order of the hashes: records (documents,) and texts."""
+    """What deduplication keeps of a bucket, in the order of the hashes: records (documents,) and texts, each with its
+    tokens behind it.
+    """
     records = read_records(frames)
-    sizes = np.split(records["size"], np.cumsum([frame.documents for frame in frames])[:-1])
+    sizes = np.split(records["size"] + records["tokens"], np.cumsum([frame.documents for frame in frames])[:-1])
     texts = []
     for frame, size in zip(frames, sizes):
         packed = np.fromfile(frame.spill, np.uint8, frame.packed, offset=frame.offset + records.itemsize * len(size))

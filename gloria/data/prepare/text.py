@@ -15,7 +15,8 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
@@ -37,11 +38,13 @@ SUFFIXES = {
 }
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 
-# How much text a compressed file may hold, about.
-_TEXT_PER_BYTE = {"gz": 4, "zst": 4, "parquet": 3}
+# How much text a byte of a compressed file holds, about; of token shards text and tokens.
+TEXT_PER_BYTE = {"gz": 4, "zst": 4, "parquet": 3, "megatron": 3}
 
-# C0 and C1 controls but for tab and newline, and the byte order mark, which has no meaning inside a text.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+# Controls that stand between words (NUL, vertical tab, form feed, separators, next line) become a space; the other
+# C0 and C1 controls but for tab and newline go, as does the byte order mark, which has no meaning inside a text.
+_SEPARATING = re.compile("[\x00\x0b\x0c\x1c-\x1f\x85]")
+_CONTROL = re.compile("[\x01-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 
 
 class Document(NamedTuple):
@@ -50,6 +53,8 @@ class Document(NamedTuple):
     line: int  # first line of the document in its file (or in the byte range read), row for Parquet; from 1
     text: str
     problem: str = ""  # empty where the text is good
+    metadata: Mapping[str, Any] = MappingProxyType({})  # the line's other fields, the row's other columns
+    tokens: bytes = b""  # of token shards made elsewhere: the document's ids and EOS, in the corpus's dtype
 
 
 def format_of(path: str) -> str | None:
@@ -59,11 +64,6 @@ def format_of(path: str) -> str | None:
     return SUFFIXES[max(found, key=len)] if found else None
 
 
-def text_bytes(path: str, format: str) -> int:
-    """About how many bytes of text a file holds: it may be compressed."""
-    return os.path.getsize(path) * _TEXT_PER_BYTE.get(format.rpartition(".")[2], 1)
-
-
 def clean(text: str) -> str:
     """The text as it is hashed and tokenised: NFC, newlines as LF, no control characters or byte order marks,
     no white space around it. Cleaning twice changes nothing.
@@ -71,7 +71,7 @@ def clean(text: str) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     # Controls go first: one between a letter and its accent would keep NFC from joining them.
-    return unicodedata.normalize("NFC", _CONTROL.sub("", text)).strip()
+    return unicodedata.normalize("NFC", _CONTROL.sub("", _SEPARATING.sub(" ", text))).strip()
 
 
 def read_documents(
@@ -80,25 +80,27 @@ def read_documents(
     *,
     text_field: str = "text",
     documents: str = "file",
+    columns: bool = False,
     start: int = 0,
     end: int | None = None,
 ) -> Iterator[Document]:
     """The documents of one file in its own order, uncleaned.
 
     `text_field` is the key or column that holds the text; `documents` says what a document of a plain text
-    is: the whole "file" or a "block" between blank lines. `start` and `end` (bytes; uncompressed JSON lines
+    is: the whole "file" or a "block" between blank lines; with `columns` the other columns of Parquet are read as
+    metadata, too. `start` and `end` (bytes; uncompressed JSON lines
     only) keep the lines that begin in that range, so that several workers can share a file. Blank lines are
     no documents.
     """
     kind, _, compression = format.partition(".")
     try:
         if kind == "parquet":
-            yield from _parquet_rows(path, text_field)
+            yield from _parquet_rows(path, text_field, columns)
             return
         with _open(path, compression) as file:
             if kind == "jsonl":
                 lines = file if (start, end) == (0, None) else _lines_between(file, start, end)
-                yield from _json_lines(lines, text_field)
+                yield from _json_lines(lines, text_field, path if start == 0 else "")
             elif documents == "block":
                 yield from _blocks(file)
             else:
@@ -107,6 +109,8 @@ def read_documents(
         raise UserError(f"{path}: is no whole .{compression} file ({error}); get it again") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error}); check the file") from None
+    except MemoryError:
+        raise UserError(f"{path}: holds a document too long for this machine's memory; cut it up") from None
 
 
 def lines_before(path: str, start: int) -> int:
@@ -124,16 +128,18 @@ def lines_before(path: str, start: int) -> int:
         return lines if file.read(1) == b"\n" else lines + 1
 
 
-def _json_lines(lines: Iterable[bytes], field: str) -> Iterator[Document]:
+def _json_lines(lines: Iterable[bytes], field: str, path: str) -> Iterator[Document]:
     missing, wrong_type = f'no field "{field}"', f'field "{field}" is not a string'
     for number, line in enumerate(lines, 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.isspace() or not line:
             continue
+        values: Any = None
         text, problem = "", ""
         try:
-            text = json.loads(line.decode("utf-8"))[field]
+            values = json.loads(line.decode("utf-8"))
+            text = values.pop(field)
             if type(text) is not str:
                 text, problem = "", wrong_type
         except UnicodeDecodeError:
@@ -142,9 +148,11 @@ def _json_lines(lines: Iterable[bytes], field: str) -> Iterator[Document]:
             problem = "not JSON"
         except KeyError:
             problem = missing
-        except TypeError:
+        except (AttributeError, TypeError, IndexError):
             problem = "not a JSON object"
-        yield Document(number, text, problem)
+        if number == 1 and path and (line.strip() == b"[" or line.lstrip().startswith(b"[{")):
+            raise UserError(f"{path}: is one JSON array, not an object a line; convert it with jq -c '.[]'")
+        yield Document(number, text, problem, values if not problem else {})
 
 
 def _lines_between(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
@@ -178,7 +186,7 @@ def _decoded(line: int, data: bytes) -> Document:
         return Document(line, "", "not UTF-8")
 
 
-def _parquet_rows(path: str, field: str) -> Iterator[Document]:
+def _parquet_rows(path: str, field: str, others: bool) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -192,13 +200,15 @@ def _parquet_rows(path: str, field: str) -> Iterator[Document]:
                     f'{path}: no column "{field}"; set text_field to one of its columns: {", ".join(columns)}'
                 )
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for value in _column_bytes(batch.column(0), pyarrow):
+            for batch in file.iter_batches(batch_size=1024, columns=None if others else [field]):
+                texts = _column_bytes(batch.column(field), pyarrow)
+                rows = batch.drop_columns([field]).to_pylist() if others else [{}] * len(texts)
+                for value, metadata in zip(texts, rows):
                     row += 1
                     if value is None:
                         yield Document(row, "", f'field "{field}" is not a string')
                     else:
-                        yield _decoded(row, value)
+                        yield _decoded(row, value)._replace(metadata=metadata)
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{path}: is no whole Parquet file ({reason}); get it again") from None
@@ -206,10 +216,9 @@ def _parquet_rows(path: str, field: str) -> Iterator[Document]:
 
 def _column_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
     """The raw bytes of a text column, so that a value that is not UTF-8 spoils its own row only; None elsewhere."""
-    types = pyarrow.types
-    if types.is_dictionary(column.type):
+    if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if types.is_string(column.type) or types.is_large_string(column.type):
+    if str(column.type) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
         return column.cast(pyarrow.large_binary()).to_pylist()
     return [None] * len(column)
 

@@ -10,11 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import TypeVar
-
-from gloria.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,20 +53,16 @@ class Workers:
     def map(self, function: Callable[[T], R], tasks: Sequence[T], label: str) -> Iterator[R]:
         """`function` of each task, in the order of the tasks, with progress under `label` on stderr.
 
-        A task's exception is raised here; a worker that dies (killed for want of memory) is a `UserError`.
+        A task's exception is raised here; a worker that dies (killed for want of memory) is a `BrokenProcessPool`.
         """
         results = map(function, tasks) if self._executor is None else self._executor.map(function, tasks)
-        try:
-            yield from _progress(results, len(tasks), label)
-        except BrokenProcessPool:
-            raise UserError(
-                f"{label}: a worker process died (killed, or out of memory); start again with fewer --workers"
-            ) from None
+        yield from _progress(results, len(tasks), label)
 
 
 def _start_worker(lifeline: Connection) -> None:
-    # Ctrl-C reaches the whole process group: the parent decides. The pool is already one process a core.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals reach the whole process group: the parent decides. The pool is already one process a core.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
 
@@ -86,9 +79,9 @@ def _progress(results: Iterator[R], total: int, label: str) -> Iterator[R]:
 
         yield from tqdm(results, label, total, leave=False, dynamic_ncols=True)
         return
-    told = time.monotonic()
+    reported = time.monotonic()
     for number, result in enumerate(results, 1):
         yield result
-        if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if time.monotonic() - reported > _SECONDS_BETWEEN_LINES:
+            reported = time.monotonic()
             print(f"{label}: {number} of {total}", file=sys.stderr, flush=True)

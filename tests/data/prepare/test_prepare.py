@@ -11,7 +11,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from gloria import prepare
 from gloria.data.corpus import open_corpus
 from gloria.data.prepare import passes
 from gloria.data.prepare import scatter as spill
-from gloria.data.prepare.recipe import find_files, read_recipe
+from gloria.data.prepare.inputs import find_files
+from gloria.data.prepare.recipe import read_recipe
 from gloria.data.prepare.text import clean
 from gloria.data.prepare.workers import Workers
 from gloria.data.shards import map_tokens, read_index
@@ -78,7 +80,10 @@ def run(recipe: Path, out: Path, *flags: str) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """All files but inputs.json, which alone depends on the sources' paths and times."""
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    del files["inputs.json"]
+    return files
 
 
 def read_documents(corpus: Path, name: str, split: str) -> list[str]:
@@ -124,7 +129,8 @@ def expected(sources: dict[str, list[str]], seed: int) -> dict[str, tuple[list[s
         most = min(total * 0.10, 8_000_000)
         goal = min(max(total * 0.01, 64_000), most)
         valid: list[str] = []
-        for text in sorted(kept, key=lambda text: hashes[text] % 2**64):
+        fitting = [text for text in kept if size[text] <= int(most)]
+        for text in sorted(fitting, key=lambda text: hashes[text] % 2**64):
             reached = sum(size[other] for other in valid)
             if valid and (reached >= goal or reached + size[text] > most):
                 break
@@ -152,7 +158,7 @@ def test_the_corpus_is_what_the_plain_statement_says(tmp_path: Path, tokenizer: 
     for name, counts in {"um": um, "dois": dois, "tres": tres}.items():
         entry = corpus.source(name)
         texts = [text for split in expected(sources, 5)[name] for text in split]
-        assert entry.counts == counts | {"kept": len(texts)}
+        assert entry.counts == counts | {"kept": len(texts), "valid_near_train": 0}
         assert entry.train.bytes + entry.valid.bytes == sum(len(text.encode()) for text in texts)
         assert entry.train.words + entry.valid.words == sum(len(text.split()) for text in texts)
 
@@ -199,29 +205,16 @@ def test_a_source_added_last_leaves_the_others_as_they_were(tmp_path: Path, toke
     assert len(after) == len(before) + 4
 
 
-def test_token_shards_are_adopted_beside_text(tmp_path: Path) -> None:
-    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 50))
-    write_lines(tmp_path / "dois" / "a.jsonl", make_texts("dois", 50))
-    run(write_recipe(tmp_path, ["um"], None), tmp_path / "made")
-    recipe = write_recipe(tmp_path, ["dois"], "made/tokenizer")
-    recipe.write_text(recipe.read_text() + '\n[[source]]\nname = "velho"\npaths = ["made/um"]\nformat = "megatron"')
-    run(recipe, tmp_path / "out", "--workers", "2")
-    texts = [read_documents(tmp_path / "out", "velho", split) for split in ("train", "valid")]
-    assert sorted(texts[0] + texts[1]) == sorted(make_texts("um", 50))
-    assert all(texts)
-    assert len(read_documents(tmp_path / "out", "dois", "train")) > 40
-
-
 def test_the_tokenizer_learns_from_a_sample_by_weight_without_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample: list[str] = []
 
-    def train_and_tell(config: TokenizerConfig, texts: Iterable[str], folder: Path) -> TextTokenizer:
+    def train_and_record(config: TokenizerConfig, texts: Iterable[str], folder: Path) -> TextTokenizer:
         sample.extend(texts)
         return train_tokenizer(config, sample, folder)
 
-    monkeypatch.setattr(passes, "train_tokenizer", train_and_tell)
+    monkeypatch.setattr(passes, "train_tokenizer", train_and_record)
     for name in ("um", "dois", "tres"):
         write_lines(tmp_path / name / "a.jsonl", make_texts(name, 20 if name == "tres" else 2000, 20))
     recipe, out = write_recipe(tmp_path, ["um", "dois", "tres"], None), tmp_path / "out"
@@ -289,12 +282,30 @@ def is_running(number: int) -> bool:
         return False
 
 
+def test_out_of_memory_names_the_longest_documents(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(task: object) -> None:
+        raise errors.pop()
+
+    monkeypatch.setattr(spill, "LONG_BYTES", 300)
+    monkeypatch.setattr(passes, "tokenise", die)
+    texts = make_texts("um", 20, 10)
+    write_lines(tmp_path / "um" / "a.jsonl", [*texts, "mar " * 100, *texts[:3], "rio " * 1000])
+    recipe = write_recipe(tmp_path, ["um"], tokenizer)
+    errors = [MemoryError(), BrokenProcessPool()]
+    while errors:
+        with pytest.raises(UserError) as error:
+            run(recipe, tmp_path / "out")
+        assert str(error.value) == (
+            "a worker was killed, or ran out of memory; the longest documents are "
+            f"{tmp_path}/um/a.jsonl:25 (4 kB), {tmp_path}/um/a.jsonl:21 (400 B): cut them up, or give it more memory"
+        )
+
+
 def test_a_worker_that_dies_is_an_error_and_not_a_wait() -> None:
-    with Workers(2) as pool, pytest.raises(UserError) as error:
+    with Workers(2) as pool, pytest.raises(BrokenProcessPool):
         list(pool.map(os._exit, [3, 3], "tokenising"))
-    assert str(error.value) == (
-        "tokenising: a worker process died (killed, or out of memory); start again with fewer --workers"
-    )
 
 
 def test_an_error_in_a_worker_is_one_line_and_leaves_nothing(tmp_path: Path, tokenizer: str) -> None:
@@ -348,15 +359,92 @@ def test_a_corpus_that_is_there_is_left_or_refused_or_replaced(
     )
     write_recipe(tmp_path, ["um"], tokenizer)
     write_lines(tmp_path / "um" / "b.jsonl", make_texts("mais", 10))
-    os.utime(tmp_path / "um" / "b.jsonl", (2**33, 2**33))
     with pytest.raises(UserError) as error:
         run(recipe, out)
-    assert str(error.value) == (f"{out}: {tmp_path}/um/b.jsonl has changed since it was made; --force makes it again")
+    assert str(error.value) == f"{out}: {tmp_path}/um/b.jsonl is new since it was made; --force makes it again"
     assert files_of(out) == made
     run(recipe, out, "--force")
     assert len(read_documents(out, "um", "train")) > 95
     assert files_of(out).keys() == made.keys()
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+OLD = (10**9, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda folder: (folder / "c.jsonl").write_text('{"text": "c"}'), "{}/c.jsonl is new"),
+        (lambda folder: (folder / "a.jsonl").unlink(), "um/a.jsonl is gone"),
+        (lambda folder: (folder / "a.jsonl").write_text('{"text": "novo"}'), "{}/a.jsonl has changed"),
+        (lambda folder: (folder / "a.jsonl").write_bytes((folder / "b.jsonl").read_bytes()), "{}/a.jsonl has changed"),
+        (lambda folder: (folder / "a.jsonl").rename(folder / "0.jsonl"), "{}/0.jsonl is new, um/a.jsonl is gone"),
+        (lambda folder: (folder / "a.jsonl").touch(), ""),
+        (lambda folder: folder.rename(folder.parent / "x") and (folder.parent / "x").rename(folder), ""),
+    ],
+)
+def test_changed_sources_are_noticed_whatever_their_times_say(
+    tmp_path: Path, tokenizer: str, change: Callable[[Path], object], what: str
+) -> None:
+    folder, out = tmp_path / "um", tmp_path / "out"
+    for name in "ab":  # of the same size
+        write_lines(folder / f"{name}.jsonl", [f"{name} {text}" for text in make_texts("um", 20)])
+    recipe = write_recipe(tmp_path, ["um"], tokenizer)
+    run(recipe, out)
+    change(folder)
+    for path in folder.iterdir():
+        os.utime(path, OLD)
+    if not what:
+        return run(recipe, out)
+    with pytest.raises(UserError) as error:
+        run(recipe, out)
+    assert str(error.value) == f"{out}: {what.format(folder)} since it was made; --force makes it again"
+
+
+def test_a_file_that_grows_while_it_is_read_is_an_error(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scatter_and_append(task: spill.ScatterTask) -> object:
+        done = scatter(task)
+        with open(path, "a") as file:
+            file.write('{"text": "mais"}\n')
+        return done
+
+    path, scatter = tmp_path / "um" / "a.jsonl", spill.scatter
+    write_lines(path, make_texts("um", 20))
+    monkeypatch.setattr(spill, "scatter", scatter_and_append)
+    with pytest.raises(UserError) as error:
+        run(write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out")
+    assert str(error.value) == f"{path} has changed while it was read; start again when the files are complete"
+
+
+def test_a_corpus_without_a_list_of_its_files_says_so(tmp_path: Path, tokenizer: str, capsys) -> None:
+    write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 20))
+    recipe, out = write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out"
+    run(recipe, out)
+    (out / "inputs.json").unlink()
+    run(recipe, out)
+    assert capsys.readouterr().err.endswith(
+        f"warning: {out}: has no inputs.json, so changes of its sources can't be seen; --force makes it again\n"
+    )
+
+
+def test_near_duplicates_across_the_split_are_counted(tmp_path: Path, tokenizer: str, capsys) -> None:
+    """Every text three times, but for its last words: whatever is in validation is in training, too."""
+    texts = make_texts("um", 40, 100)
+    write_lines(tmp_path / "um" / "a.jsonl", [f"{text} {number}" for text in texts for number in range(3)])
+    write_lines(tmp_path / "dois" / "a.jsonl", make_texts("dois", 50))
+    recipe, out = write_recipe(tmp_path, ["um", "dois"], tokenizer), tmp_path / "out"
+    run(recipe, out)
+    one, two = open_corpus(out).manifest.sources
+    train = read_documents(out, "um", "train")
+    valid = [text for text in read_documents(out, "um", "valid") if len(text.split()) > 13]
+    near = sum(any(text.rpartition(" ")[0] in other for other in train) for text in valid)
+    assert one.counts["valid_near_train"] == near > 3
+    assert two.counts["valid_near_train"] == 0
+    line = f"{near} of {one.valid.documents} validation documents share 50% or more of their runs of 13 words"
+    assert f'source "um": {line} with training text\n' in capsys.readouterr().out
 
 
 def test_two_launches_on_one_corpus(tmp_path: Path, tokenizer: str) -> None:
@@ -368,9 +456,7 @@ def test_two_launches_on_one_corpus(tmp_path: Path, tokenizer: str) -> None:
     run(recipe, out)
 
 
-def test_the_report_tells_epochs_and_a_weight(
-    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_has_epochs_and_a_weight(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 400))
     write_lines(tmp_path / "dois" / "a.jsonl", make_texts("dois", 100))
     recipe, out = write_recipe(tmp_path, ["um", "dois"], tokenizer), tmp_path / "out"

@@ -5,6 +5,7 @@ does not say what to do, or in something half-made left behind.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -62,8 +63,8 @@ BAD_RECIPES = {
     "wrong types and bounds, all at once": (
         source(rest='weight = -1\nmin_chars = "dez"') + "[tokenizer]\nvocab_size = 100",
         [
-            "source[0].weight: -1.0 is too small; give at least 0",
             'source[0].min_chars: must be a whole number, not "dez"; for example 1000',
+            "source[0].weight: -1.0 is too small; give at least 0",
             "tokenizer.vocab_size: 100 is too small; give at least 512",
         ],
     ),
@@ -92,23 +93,23 @@ BAD_RECIPES = {
         ["source: every weight is 0; give at least one source a weight above 0"],
     ),
     "token shards of an unknown tokenizer": (
-        source(rest='format = "megatron"\nmin_chars = 3'),
+        source(rest='format = "megatron"\ntext_field = "corpo"'),
         [
             "source[0].format: token shards need the tokenizer that made them; set tokenizer.path",
-            "source[0].min_chars: has no effect on token shards; remove it",
+            "source[0].text_field: has no effect on token shards; remove it",
         ],
     ),
     "paths that lead nowhere": (
         source(paths='["um/*.jsonl", "dois"]'),
         [
-            'source[0].paths: "um/*.jsonl" matches no file; mend the path',
-            'source[0].paths: "dois" matches no file; mend the path',
+            'source[0].paths: "um/*.jsonl" matches no file; correct the path',
+            'source[0].paths: "dois" matches no file; correct the path',
         ],
     ),
     "a name without a format": (
         source(paths='["um/a.pdf"]'),
         [
-            "source[0].paths: the name of FOLDER/um/a.pdf tells no format; set format, or name it .jsonl, .json, "
+            "source[0].paths: the name of FOLDER/um/a.pdf has no known format; set format, or name it .jsonl, .json, "
             ".jsonl.gz, .json.gz, .jsonl.zst, .json.zst, .txt, .txt.gz, .txt.zst, .parquet"
         ],
     ),
@@ -200,8 +201,8 @@ def test_token_shards_of_another_tokenizer(tmp_path: Path, capsys: pytest.Captur
     recipe = source(paths='["shards"]', rest='format = "megatron"') + '[tokenizer]\npath = "tokenizer"'
     assert run(tmp_path, recipe, {}) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {tmp_path}/shards/a-00000.bin: 1 of 2 documents don't end with EOS (id 0); "
-        "make it again with --append-eod"
+        f"error: {tmp_path}/shards/a-00000.bin: document 1 does not end with EOS (id 0); "
+        "make the shard again with --append-eod"
     )
     assert not list(tmp_path.glob("out*"))
 
@@ -237,10 +238,10 @@ def test_a_disk_that_is_too_small(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**8))
-    assert run(tmp_path, source(), {"um/a.txt": b"a" * 10**8}) == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 99_900))
+    assert run(tmp_path, source(), {"um/a.txt": b"a" * 10**5}) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/out: making it takes about 0.15 GB of disk and 0.10 GB are free; "
+        f"error: {tmp_path}/out: making it takes about 150 kB of disk and 99.9 kB are free; "
         "free some, or give another --out\n"
     )
     assert not list(tmp_path.glob("out*"))
@@ -281,19 +282,56 @@ def test_few_malformed_lines_are_left_out_with_a_warning(
         "duplicate": 0,
         "duplicate_elsewhere": 0,
         "kept": 96,
+        "valid_near_train": 9,  # the texts differ in their numbers only
     }
-    assert out.splitlines()[-2].split()[:4] == ["source", "read", "malformed", "kept"]
-    assert out.splitlines()[-1].split()[:4] == ["um", "100", "4", "96"]
+    assert out.splitlines()[-3].split()[:4] == ["source", "read", "malformed", "kept"]
+    assert out.splitlines()[-2].split()[:4] == ["um", "100", "4", "96"]
 
 
-def test_what_is_done_otherwise_than_one_may_think_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = source(paths='["um"]') + source("dois", '["dois"]')
-    files = {"um/a.jsonl": GOOD, "um/LEIAME": "nada", "um/b.md": "#", "um/.oculto": "x", "dois/a.jsonl": OTHER + GOOD}
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = source(paths='["um"]') + source("dois", '["dois/*"]')
+    files = {"um/a.jsonl": GOOD, "um/LEIAME": "nada", "um/b.md": "#", "dois/a.jsonl": OTHER + GOOD, "dois/.b.jsonl": ""}
+    files |= {"um/.oculto": "x", "um/.git/config": "", "um/sub/.git/config": ""}
+    (tmp_path / "um").mkdir()
+    os.mkfifo(tmp_path / "um" / "pipe.txt")
     assert run(tmp_path, recipe, files) == 0
-    assert capsys.readouterr().err.splitlines()[:3] == [
-        f"warning: {tmp_path}/um: 2 files of no known format are passed over; the first is {tmp_path}/um/LEIAME",
-        'warning: source "um": has one document, which is for training; it has no validation',
-        'warning: source "dois": has one document, which is for training; it has no validation',
+    out, err = capsys.readouterr()
+    assert err.splitlines()[:4] == [
+        f'warning: source "um": left out 3 hidden files or folders; the first is {tmp_path}/um/.git',
+        f'warning: source "um": left out 1 pipes, sockets or devices; the first is {tmp_path}/um/pipe.txt',
+        f'warning: source "um": left out 2 files of no known format; the first is {tmp_path}/um/LEIAME',
+        f'warning: source "dois": left out 1 hidden files or folders; the first is {tmp_path}/dois/.b.jsonl',
+    ]
+    assert out.splitlines()[-2:] == [
+        f'source "{name}" has no validation: each of its documents is more than 10% of its text and 8 MB'
+        for name in ("um", "dois")
     ]
     for entry in open_corpus(tmp_path / "out").manifest.sources:
         assert (entry.train.documents, entry.valid.documents) == (1, 0)
+
+
+@pytest.mark.parametrize("paths", ['["um"]', '["um/**/*.jsonl"]', '["um/*/a.jsonl"]'])
+def test_folders_and_links_that_cannot_be_read_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paths: str
+) -> None:
+    def list_folder(path: str) -> list[str]:  # the tests may run as root, who reads everything
+        if str(path).endswith("um/fechada"):
+            raise PermissionError(13, "Permission denied")
+        return os_listdir(path)
+
+    os_listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", list_folder)
+    files = {"um/aberta/a.jsonl": GOOD, "um/fechada/b.jsonl": OTHER}
+    (tmp_path / "um/aberta").mkdir(parents=True)
+    (tmp_path / "um/aberta/a.jsonl").touch()
+    (tmp_path / "um/ligada").mkdir()
+    (tmp_path / "um/ligada/a.jsonl").symlink_to("nada")
+    (tmp_path / "um/aberta/volta").symlink_to("..")  # round in a circle
+    assert run(tmp_path, source(paths=paths), files) == 2
+    errors = [
+        line.removeprefix(f"error: {tmp_path}/corpus.toml: source[0].paths: {tmp_path}/")
+        for line in capsys.readouterr().err.splitlines()
+    ]
+    link = "um/ligada/a.jsonl is a link to nothing; remove it, or bring back its file"
+    folder = "um/fechada can't be read (Permission denied); make it readable, or leave it out"
+    assert sorted(errors) == ([link] if paths.endswith('*/a.jsonl"]') else [folder, link])

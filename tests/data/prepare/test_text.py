@@ -40,7 +40,7 @@ def pack(path: Path, data: bytes) -> str:
 
 
 def read(path: str, **options) -> list[tuple[int, str, str]]:
-    return [tuple(document) for document in read_documents(path, format_of(path), **options)]
+    return [tuple(document)[:3] for document in read_documents(path, format_of(path), **options)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL.GZ", "a.json.gz", "a.jsonl.zst", "a.json.zst"])
@@ -59,10 +59,21 @@ def test_a_txt_is_one_document_or_a_document_a_block(tmp_path: Path, name: str) 
     assert read(path, documents="block") == [(1, "um\ndois\r\n", ""), (6, "três\n", ""), (8, "quatro", "")]
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.binary_view(),
+    ],
+)
 def test_parquet_rows_are_documents(tmp_path: Path, kind: pyarrow.DataType) -> None:
     column = pyarrow.array([*TEXTS, None], kind)
-    for name, values in (("plain", column), ("dictionary", column.dictionary_encode())):
+    dictionary = column if "view" in str(kind) else column.dictionary_encode()
+    for name, values in (("plain", column), ("dictionary", dictionary)):
         table = pyarrow.table({"id": [1, 2, 3, 4], "text": values})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
         assert read(str(tmp_path / f"{name}.parquet")) == [
@@ -90,6 +101,8 @@ def test_each_way_for_a_line_to_be_malformed(tmp_path: Path) -> None:
         b'["text"]': "not a JSON object",
         b'"text"': "not a JSON object",
         b"7": "not a JSON object",
+        b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "not JSON",
+        b'{"text": "a", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "not JSON",
     }
     path.write_bytes(b"\n".join([*bad, b'{"text": "bom"}']))
     found = read(str(path))
@@ -109,7 +122,7 @@ def test_ranges_of_a_file_share_its_lines_whatever_the_cuts(tmp_path: Path) -> N
         for start, end in pairwise(edges):
             found = read_documents(str(path), "jsonl", start=start, end=end)
             before = lines_before(str(path), start)
-            pieces += [(before + line, text, problem) for line, text, problem in found]
+            pieces += [(before + line, text, problem) for line, text, problem, *_ in found]
         assert pieces == whole
 
 
@@ -142,6 +155,29 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("data", ['[{"text": "a"}]', '[\n  {"text": "a"}\n]', ' [{"text": "a"},\n{"text": "b"}]'])
+def test_one_json_array_is_an_error_with_its_remedy(tmp_path: Path, data: str) -> None:
+    (tmp_path / "a.json").write_text(data)
+    with pytest.raises(UserError) as error:
+        read(str(tmp_path / "a.json"))
+    assert str(error.value) == (
+        f"{tmp_path}/a.json: is one JSON array, not an object a line; convert it with jq -c '.[]'"
+    )
+
+
+def test_metadata_are_the_other_fields_and_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "url": "x", "n": [1]}\n{"text": 1, "url": "y"}\n')
+    found = read_documents(str(tmp_path / "a.jsonl"), "jsonl")
+    assert [document.metadata for document in found] == [{"url": "x", "n": [1]}, {}]
+    table = pyarrow.table({"url": ["x", "y"], "text": ["a", "b"], "n": [1, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = read_documents(str(tmp_path / "a.parquet"), "parquet", columns=True)
+    assert [(document.text, document.metadata) for document in found] == [
+        ("a", {"url": "x", "n": 1}),
+        ("b", {"url": "y", "n": None}),
+    ]
+
+
 def test_parquet_without_the_column_names_those_there_are(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError) as error:
@@ -161,7 +197,8 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     ("raw", "cleaned"),
     [
         ("\ufeffum\r\ndois\rtrês\n", "um\ndois\ntrês"),
-        ("a\x00b\x07c\x7fd\x85e\x9ff\x0bg\x0ch", "abcdefgh"),
+        ("a\x01b\x07c\x7fd\x9fe", "abcde"),
+        ("um\x00dois\x0btrês\x0cquatro\x85cinco\x00", "um dois três quatro cinco"),  # they stand between words
         ("tab\tfica\n\n  também isto", "tab\tfica\n\n  também isto"),
         ("cafe\u0301 e\x01\u0301", "café é"),
         (" \u00a0\n\t \u2028", ""),
