@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gloria.pretrain
+import gloria.train.pretraining
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
 from gloria.dist.run_lock import read_status
 from gloria.dist.signals import STOP_SIGNALS
@@ -31,7 +32,7 @@ def recipe(sample_corpus: Path, repository: Path, tmp_path: Path) -> dict[str, A
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
     """Make the loss of one row `value` in the given steps (from 0)."""
-    honest = gloria.pretrain.row_loss_sums
+    honest = gloria.train.pretraining.row_loss_sums
 
     def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         losses = honest(run, tokens, labels)
@@ -40,7 +41,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> 
             factor[0] = value
         return losses * factor
 
-    monkeypatch.setattr(gloria.pretrain, "row_loss_sums", row_loss_sums)
+    monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", row_loss_sums)
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -230,7 +231,7 @@ def test_masked_documents_change_the_loss_and_nothing_else(recipe, tmp_path):
 def test_all_stop_signals_have_a_handler_before_torch_is_there():
     """Read off the source: in `python -m gloria.pretrain` nothing slow comes before the handlers."""
     source = Path(gloria.pretrain.__file__).read_text()
-    assert source.index("install_stop_handlers()\n") < source.index("\nimport torch")
+    assert source.index("install_stop_handlers()\n") < source.index("\nfrom gloria.train.loop")
     assert {number.name for number in STOP_SIGNALS} == {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"}
 
 

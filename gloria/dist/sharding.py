@@ -82,8 +82,11 @@ def fill_parameters(model: nn.Module, full_value: Callable[[str, torch.Size], Te
 
 
 def local_gradients(model: nn.Module) -> list[Tensor]:
-    """This rank's piece of every gradient, as ordinary tensors: DTensor dispatch would cost more than the sums."""
-    return [parameter.grad.to_local() for parameter in model.parameters()]
+    """This rank's piece of every gradient, as ordinary tensors: DTensor dispatch would cost more than the sums.
+
+    A parameter that the loss does not depend on (BERT's pooler, under a span head) has none.
+    """
+    return [parameter.grad.to_local() for parameter in model.parameters() if parameter.grad is not None]
 
 
 def gradient_square_sum(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:

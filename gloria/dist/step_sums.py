@@ -1,12 +1,13 @@
-"""What the ranks tell each other once a step, packed into one small tensor for one all-reduce.
+"""The one all-reduce of a step: what every rank contributes, packed into one small tensor.
 
-Everything every rank must decide alike travels here (is the update to be applied, does somebody want to stop, is the
-background save done), so that no decision needs a collective of its own.
+Everything that all ranks must decide alike travels here (is the update applied, does a rank request a stop, is the
+background save done), so no decision needs a collective of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from gloria.dist.loss_scale import LEAST
 
-# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`decide_update`); loss and rows by source.
+# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`decide_update`); then loss and rows
+# by group, and the objective's own sums.
 _FLAGS, _VERDICT, _SCALE, _FIXED = slice(1, 5), 5, 6, 7
 _NOT_FINITE, _SPIKE, _OVERFLOW = 1.0, 2.0, 3.0  # verdicts; 0: applied
 
-SPIKE_WINDOW = 100  # steps that the running gradient norm looks back, and that must be seen before it judges
+SPIKE_WINDOW = 100  # steps that the running gradient norm looks back, and that must be seen before a step can be a spike
 
 
 class Flags(NamedTuple):
-    """What a rank has to say to the others besides its numbers."""
+    """What a rank reports to the others besides its numbers."""
 
-    stop: bool = False  # it wants to stop
+    stop: bool = False  # a stop is requested
     save_done: bool = False  # its part of the background save is durable
     save_failed: bool = False
     lock_lost: bool = False  # another launch has taken the run over
@@ -40,12 +42,13 @@ class StepSums:
     spike: bool  # finite, and left out for its gradient norm
     overflow: bool  # in fp16: the loss is finite and its gradient was not, under this loss scale
     loss_scale: float  # that the gradient was computed under; 0 where none is used
-    source_loss: np.ndarray  # (sources,) sum of token losses
-    source_rows: np.ndarray  # (sources,) windows
-    stop_requests: int  # ranks that want to stop
+    group_loss: np.ndarray  # (groups,) sum of the rows' losses
+    group_rows: np.ndarray  # (groups,)
+    stop_requests: int  # ranks that request a stop
     saves_done: int  # ranks whose part of the background save is durable
     saves_failed: int
     locks_lost: int
+    metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own sums, by name
 
     @property
     def applied(self) -> bool:
@@ -55,19 +58,24 @@ class StepSums:
 
 def pack_sums(
     grad_square: Tensor,
-    row_losses: Tensor,  # (rows,) sum of token losses of each row
-    row_sources: Tensor,  # (rows,) int64
-    num_sources: int,
+    row_losses: Tensor,  # (rows,)
+    row_groups: Tensor,  # (rows,) int64
+    num_groups: int,
     flags: Flags,
+    metrics: Iterable[Tensor] = (),
 ) -> Tensor:
-    """This rank's part, float64 on the device: exact for every count and for sums over any number of ranks."""
-    sums = torch.zeros(_FIXED + 2 * num_sources, dtype=torch.float64, device=grad_square.device)
+    """This rank's part, float64 on the device: exact for every count and for sums over any number of ranks.
+
+    `metrics` are more scalars to add up over the ranks: the same number of them, in the same order, on all.
+    """
+    sums = torch.zeros(_FIXED + 2 * num_groups, dtype=torch.float64, device=grad_square.device)
     sums[0] = grad_square
     if any(flags):  # rare; the copy from the host is not worth a transfer in every step
         sums[_FLAGS] = torch.tensor(flags, dtype=torch.float64)
-    sums[_FIXED : _FIXED + num_sources].index_add_(0, row_sources, row_losses.to(torch.float64))
-    sums[_FIXED + num_sources :].index_add_(0, row_sources, torch.ones_like(row_losses, dtype=torch.float64))
-    return sums
+    sums[_FIXED : _FIXED + num_groups].index_add_(0, row_groups, row_losses.to(torch.float64))
+    sums[_FIXED + num_groups :].index_add_(0, row_groups, torch.ones_like(row_losses, dtype=torch.float64))
+    own = [value.to(torch.float64).reshape(1) for value in metrics]
+    return torch.cat([sums, *own]) if own else sums
 
 
 def new_running_norm(device: torch.device) -> Tensor:
@@ -77,7 +85,7 @@ def new_running_norm(device: torch.device) -> Tensor:
 
 def decide_update(
     sums: Tensor,
-    num_sources: int,
+    num_groups: int,
     running: Tensor | None = None,
     deviations: float = 0.0,
     loss_scale: Tensor | None = None,
@@ -96,7 +104,7 @@ def decide_update(
         sums[_SCALE] = loss_scale[0]
         sums[0] /= sums[_SCALE].square()
     grad_norm = sums[0].sqrt()
-    loss = sums[_FIXED : _FIXED + num_sources].sum()
+    loss = sums[_FIXED : _FIXED + num_groups].sum()
     good = torch.isfinite(grad_norm + loss)
     sums[_VERDICT] = _NOT_FINITE * ~good
     if loss_scale is not None:
@@ -117,24 +125,29 @@ def decide_update(
 
 
 def overflowed(sums: Tensor) -> Tensor:
-    """Whether the judged step is an overflow of the loss scale: a device scalar, the same on all ranks."""
+    """Whether the step is an overflow of the loss scale: a device scalar, the same on all ranks."""
     return sums[_VERDICT] == _OVERFLOW
 
 
-def unpack_sums(sums: Tensor, num_sources: int) -> StepSums:
-    """Read the judged tensor on the host. This waits for the device: call it after the next step is pending."""
+def unpack_sums(sums: Tensor, num_groups: int, metrics: Sequence[str] = ()) -> StepSums:
+    """Read the reduced tensor, after `decide_update`, on the host; `metrics` are the names of the objective's sums.
+
+    This waits for the device: call it once the next step is queued.
+    """
     values = sums.cpu().numpy()
     stop_requests, saves_done, saves_failed, locks_lost = (int(count) for count in values[_FLAGS])
+    rows = _FIXED + num_groups
     return StepSums(
         grad_norm=float(np.sqrt(values[0])),
         finite=values[_VERDICT] not in (_NOT_FINITE, _OVERFLOW),
         spike=values[_VERDICT] == _SPIKE,
         overflow=values[_VERDICT] == _OVERFLOW,
         loss_scale=float(values[_SCALE]),
-        source_loss=values[_FIXED : _FIXED + num_sources],
-        source_rows=values[_FIXED + num_sources :].astype(np.int64),
+        group_loss=values[_FIXED:rows],
+        group_rows=values[rows : rows + num_groups].astype(np.int64),
         stop_requests=stop_requests,
         saves_done=saves_done,
         saves_failed=saves_failed,
         locks_lost=locks_lost,
+        metrics=dict(zip(metrics, values[rows + num_groups :].tolist())),
     )

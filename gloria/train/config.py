@@ -9,12 +9,11 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from gloria.config.cli import option, parse
-from gloria.config.schema import NO_KEY, label
 from gloria.data.corpus import Corpus, open_corpus, source_fingerprint
 from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
 from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
@@ -22,7 +21,6 @@ from gloria.data.prepare.report import MOST_EPOCHS, weights_within
 from gloria.data.weights import Source, resolve_weights
 from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
-from gloria.dist.gpus import precision_option
 from gloria.errors import UserError
 from gloria.model.config import ModelSection, TransformerConfig, count_parameters, flops_per_token, resolve_shape
 from gloria.model.memory import Memory, memory_per_rank
@@ -30,6 +28,14 @@ from gloria.optim import schedules
 from gloria.optim.config import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
 from gloria.train.metrics import LogConfig
+from gloria.train.sections import (
+    Recipe,
+    RunSection,
+    StepSection,
+    length_problems,
+    range_problems,
+    replica_problems,
+)
 
 T = TypeVar("T")
 
@@ -37,28 +43,20 @@ DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo.toml"
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(RunSection):
     """Where a run keeps what it writes, and what makes it repeatable."""
 
-    dir: str = option(help="folder of the run: checkpoints, metrics.jsonl, tensorboard; a run that is in it goes on")
     seed: int = option(0, "decides initial weights, data order and dropout", minimum=0, maximum=2**63 - 1)
     resume: int | Literal["auto", "never"] = option(
         "auto",
-        "auto goes on from the newest whole checkpoint, a step from that one; never wants a folder without a run",
+        "auto: continue from the newest whole checkpoint; a step: from that one; never: fail if a run exists",
         minimum=1,
     )
-    max_minutes: float | None = option(
-        None, "minutes after its start at which a launch saves and stops, to go on in the next one", above=0
-    )
-    deterministic: bool = option(
-        False, "on CUDA, too, the same bits in every run, by slower kernels (CPU always has them)"
-    )
-    device: str = option("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How long, on what batches, in what precision."""
+class LengthSection:
+    """How long, and on what batches."""
 
     steps: int | None = option(None, "optimizer steps in all; this or epochs", minimum=1)
     epochs: float | None = option(
@@ -74,30 +72,11 @@ class TrainConfig:
         minimum=1,
     )
     sequence_length: int = option(512, "tokens that are predicted in a window", minimum=1)
-    precision: str = precision_option()
-    activation_checkpointing: str = option(
-        "none",
-        "what the backward pass computes again instead of keeping it: full takes the least memory and a "
-        "third more time, selective keeps the matrix products",
-        choices=("none", "full", "selective"),
-    )
-    compile: Literal["auto", True, False] = option(
-        "auto", "torch.compile each block: faster steps after a slow first one; auto does on GPU only"
-    )
-    clip_norm: float = option(1.0, "gradients with a greater global norm are scaled down to it", above=0)
-    max_skips: int = option(
-        10,
-        "steps in a row that may be skipped (loss or gradient not finite, or a spike) before the run stops",
-        minimum=1,
-    )
-    skip_spikes: float | None = option(
-        None,
-        "skips a step whose gradient norm is so many standard deviations above its running mean, from step 100 on",
-        above=0,
-    )
-    profile_steps: str = option(
-        "", "A:B writes a torch profiler trace of the steps from A to before B, of each rank, under DIR/profile"
-    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(StepSection, LengthSection):  # the fields of the last base come first
+    """How long, on what batches, in what precision."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +88,8 @@ class ValidConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """All that a pre-training run is told."""
+class PretrainConfig(Recipe):
+    """The recipe of a pre-training run."""
 
     run: RunConfig
     model: ModelSection
@@ -124,12 +103,6 @@ class PretrainConfig:
     log: LogConfig
     dry_run: bool = option(False, "print the recipe and what it amounts to, and stop")
     verify: bool = option(False, "check the hash of every shard at the start, and not only its size")
-    where: str = field(default="recipe", compare=False, repr=False, metadata=NO_KEY)  # the file, as it was named
-    given: dict[str, str] = field(default_factory=dict, compare=False, repr=False, metadata=NO_KEY)
-
-    def label(self, key: str) -> str:
-        """How an error line about `key` begins: the flag that gave it, or file and key."""
-        return label(key, self.where, self.given)
 
 
 @dataclass(frozen=True)
@@ -175,35 +148,16 @@ def read_pretrain_config(argv: Sequence[str] | None = None, world: int | None = 
     train = dataclasses.replace(
         config.train, micro_batch=config.train.micro_batch or config.train.global_batch // world
     )
-    return dataclasses.replace(config, train=train, where=parsed.where, given=parsed.given)
-
-
-def span(text: str) -> range | None:
-    """The numbers that `A:B` names, from A to before B; None for an empty text. ValueError for any other."""
-    if not text:
-        return None
-    first, last = (int(part) for part in text.split(":"))
-    if not 0 <= first < last:
-        raise ValueError(text)
-    return range(first, last)
+    return dataclasses.replace(config, train=train, source_file=parsed.where, key_sources=parsed.given)
 
 
 def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[str, ...], str]]:
     train, checkpoint = config.train, config.checkpoint
-    for key, text in (("train.profile_steps", train.profile_steps), ("data.skip_samples", config.data.skip_samples)):
-        try:
-            span(text)
-        except ValueError:
-            yield (key,), f'"{text}" is no stretch; give A:B with A before B, such as 96:120'
-    if (train.steps is None) == (train.epochs is None):
-        found = "neither is given" if train.steps is None else "both are given"
-        yield ("train.steps", "train.epochs"), f"steps and epochs: {found}; give one of them"
+    yield from range_problems(train__profile_steps=train.profile_steps, data__skip_samples=config.data.skip_samples)
+    yield from length_problems(train)
     if problem := _batch_problem(train.global_batch, train.micro_batch, world):
         yield ("train.micro_batch", "train.global_batch"), problem
-    if world % config.dist.replicas:
-        divisors = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
-        what = f"{config.dist.replicas} does not divide the number of ranks, {world}; give one of {divisors}"
-        yield ("dist.replicas",), what
+    yield from replica_problems(config.dist.replicas, world)
     yield from schedules.problems(config.schedule, train.steps if train.epochs is None else None)
     if checkpoint.keep_every % checkpoint.every:
         yield (

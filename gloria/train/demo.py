@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 600  # the other ranks wait this long for a corpus that takes
 def prepare_demo_corpus(config: PretrainConfig) -> None:
     """Where `config` is the demo's own recipe and its corpus is not there yet, rank 0 makes it; the others wait."""
     manifest = Path(config.data.corpus, MANIFEST)
-    if Path(config.where).resolve() != DEMO or manifest.exists():
+    if Path(config.source_file).resolve() != DEMO or manifest.exists():
         return
     if read_environment().rank == 0:
         print(f"{config.data.corpus}: not there yet; preparing it from {SAMPLE.name}", flush=True)

@@ -1,6 +1,6 @@
-"""What a run tells: `metrics.jsonl` (the format of record), the console, TensorBoard. Only rank 0 has a log.
+"""The log of a run: `metrics.jsonl` (the format of record), the console, TensorBoard. Only rank 0 has one.
 
-Imports torch only for TensorBoard and for the memory of a GPU, and only when asked for those.
+Imports torch for TensorBoard alone, and only where that is on.
 """
 
 from __future__ import annotations
@@ -9,42 +9,23 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-import numpy as np
-
 from gloria.config.cli import option
-from gloria.dist.gpus import card_of_cuda_name
 from gloria.errors import UserError
 from gloria.files import json_line
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What the run tells of itself."""
+    """What a run reports, and how often."""
 
     every: int = option(10, "steps between two lines of the log", minimum=1)
     tensorboard: bool = option(True, "also write TensorBoard events, under DIR/tensorboard")
-
-
-def peak_flops(card: str, precision: str) -> float | None:
-    """The dense peak, in FLOP/s, of a card by CUDA's name for it; None for an unknown card."""
-    known = card_of_cuda_name(card)
-    return known.peak(precision) if known else None
-
-
-def peak_memory(device_type: str) -> int:
-    """Bytes this process has held at most: allocated on its GPU, or resident on CPU."""
-    if device_type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def perplexity(loss: float) -> float:
@@ -52,125 +33,43 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if not loss > 700 else math.inf
 
 
-@dataclass
-class Meter:
-    """Sums over the steps since the last line of the log, equal on all ranks."""
+def short_number(number: float) -> str:
+    """A number in four places at most: 999, 12.3k, 4.56M, 35.5B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
 
-    names: tuple[str, ...]
-    sequence_length: int
-    flops_per_token: int  # forward and backward
-    ranks: int
-    card_peak: float | None  # FLOP/s of one rank's card
 
-    def __post_init__(self) -> None:
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        self.steps = 0
-        self.skipped = 0
-        self.overflows = 0  # of the loss scale, which are no skips
-        self.source_loss = np.zeros(len(self.names))  # sum of token losses
-        self.source_rows = np.zeros(len(self.names), dtype=np.int64)  # windows
-        self.grad_norm = math.nan  # of the last step that was applied
-        self.timed_steps = 0  # those of this launch, which the clock has seen
-        self.timed_rows = 0
-        self.seconds = 0.0
-        self.data_seconds = 0.0
-
-    def add(
-        self,
-        source_loss: np.ndarray,
-        source_rows: np.ndarray,
-        grad_norm: float,
-        applied: bool,
-        seconds: float,
-        data_seconds: float,
-        overflow: bool = False,
-    ) -> None:
-        """Count a step; one whose update was left out counts in time and not in the loss."""
-        self.steps += 1
-        self.timed_steps += 1
-        self.timed_rows += int(source_rows.sum())
-        self.seconds += seconds
-        self.data_seconds += data_seconds
-        if applied:
-            self.source_loss += source_loss
-            self.source_rows += source_rows
-            self.grad_norm = grad_norm
-        elif overflow:
-            self.overflows += 1
-        else:
-            self.skipped += 1
-
-    def read(
-        self,
-        *,
-        lr: float,
-        tokens: int,
-        asked: Mapping[str, float],
-        taken: Mapping[str, int],
-        epochs: Mapping[str, float],
-        memory: int,
-        loss_scale: float = 0.0,
-    ) -> dict[str, Any]:
-        """The values of a train line; then the meter starts anew.
-
-        `tokens` and `epochs` are of the run so far; `taken` counts windows by source since the present
-        weights hold, and the achieved share is measured on it; `memory` is in bytes. Losses and times are
-        means over the steps, speed is of all ranks together, `tflops` of one. With a `loss_scale`, that of the last
-        step, it and the steps that overflowed it are among the values.
-        """
-        rows = int(self.source_rows.sum())
-        loss = float(self.source_loss.sum()) / (rows * self.sequence_length) if rows else math.nan
-        speed = self.timed_rows * self.sequence_length / self.seconds if self.seconds else math.nan
-        flops = speed * self.flops_per_token / self.ranks
-        all_taken = max(sum(taken.values()), 1)
-        sources = {
-            name: {
-                "asked": asked.get(name, 0.0),
-                "share": taken.get(name, 0) / all_taken,
-                "loss": float(total) / (int(count) * self.sequence_length) if count else None,
-                "epoch": epochs[name],
-            }
-            for name, total, count in zip(self.names, self.source_loss, self.source_rows)
-            if count or asked.get(name)
-        }
-        values = {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "lr": lr,
-            "grad_norm": self.grad_norm,
-            "tokens": tokens,
-            "tokens_per_s": speed,
-            "step_s": self.seconds / max(self.timed_steps, 1),
-            "data_s": self.data_seconds / max(self.timed_steps, 1),
-            "tflops": flops / 1e12,
-            **({} if self.card_peak is None else {"mfu": flops / self.card_peak}),
-            "memory": memory,
-            "skipped": self.skipped,
-            **({"overflows": self.overflows, "loss_scale": loss_scale} if loss_scale else {}),
-            "sources": sources,
-        }
-        self._start_anew()
-        return values
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums as plain JSON, so that the line after a resume has the losses of an unbroken run."""
-        return {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "overflows": self.overflows,
-            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
-            "loss": dict(zip(self.names, self.source_loss.tolist())),
-            "rows": dict(zip(self.names, self.source_rows.tolist())),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the sums of `state_dict`; sources are found by name, for there may be others now."""
-        self.steps, self.skipped, self.overflows = state["steps"], state["skipped"], state.get("overflows", 0)
-        self.grad_norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
-        self.source_loss = np.array([state["loss"].get(name, 0.0) for name in self.names])
-        self.source_rows = np.array([state["rows"].get(name, 0) for name in self.names], dtype=np.int64)
+# Of the console's table: key, title, width and format; a key that a line does not have has no column. With a step of
+# seven digits in front it fits a terminal of 80 columns.
+_COLUMNS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (
+    ("epoch", "epoch", 6, "{:.2f}".format),
+    ("loss", "loss", 7, "{:.4f}".format),
+    ("lr", "lr", 8, "{:.2e}".format),
+    ("grad_norm", "grad", 7, "{:.4g}".format),
+    ("tokens", "tokens", 6, short_number),
+    ("rows_per_s", "rows/s", 6, short_number),
+    ("tokens_per_s", "tok/s", 6, short_number),
+    ("step_s", "s/step", 6, "{:.3f}".format),
+    ("data_share", "data %", 6, "{:.1f}".format),
+    ("mfu", "MFU %", 6, lambda share: f"{100 * share:.1f}"),
+    ("tflops", "TFLOP/s", 7, "{:.3g}".format),
+    ("memory", "GB", 6, lambda count: f"{count / 2**30:.2f}"),
+)
+# TensorBoard has a card for each of these, and for whatever metrics an objective sums, so that the curves are found.
+_NO_CARD = {
+    "tokens",
+    "perplexity",
+    "step_s",
+    "data_s",
+    "rows_per_s",
+    "tflops",
+    "asked",
+    "epoch",
+    "overflows",
+    "weights",
+}
 
 
 @dataclass
@@ -183,31 +82,52 @@ class RunLog:
     bar: Any = None  # tqdm, on a terminal
     lines: int = 0
 
-    def train(self, step: int, values: Mapping[str, Any], table: tuple[Any, Any] | None = None) -> None:
-        """A line of `Meter.read`, after `step` steps, or of other values as `table` (columns, cells) prints them."""
-        columns, cells = table or (_COLUMNS, _cells)
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
+        """The values of the steps up to `step`: a row of the console's table, and all of them in the file."""
+        shown = dict(values)
+        if values["step_s"]:
+            shown["data_share"] = 100 * values["data_s"] / values["step_s"]
+        if "mfu" in values:
+            del shown["tflops"]
+        columns = [column for column in _COLUMNS if column[0] in shown]
         if self.lines % 20 == 0:
-            self._print("  ".join(f"{title:>{width}}" for title, width in columns))
+            self._print(" ".join([f"{'step':>7}", *(f"{title:>{width}}" for _, title, width, _ in columns)]))
         self.lines += 1
-        self._print("  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells(step, values), columns)))
+        cells = (f"{form(shown[key]):>{width}}" for key, _, width, form in columns)
+        self._print(" ".join([f"{step:>7}", *cells]))
         self._write("train", step, values)
 
-    def valid(self, step: int, loss: float, sources: Mapping[str, float]) -> None:
-        """The validation losses after `step` steps, a mean over tokens each: in all and by source."""
+    def valid(self, step: int, loss: float, sources: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        """The validation losses after `step` steps, a mean over tokens each: by source, and weighted by `weights`."""
         by_source = ", ".join(f"{name} {perplexity(value):.2f}" for name, value in sources.items())
         self._print(f"valid at step {step}: loss {loss:.4f}; perplexity {perplexity(loss):.2f} ({by_source})")
-        self._write("valid", step, {"loss": loss, "perplexity": perplexity(loss), "sources": dict(sources)})
+        values = {"loss": loss, "perplexity": perplexity(loss), "sources": dict(sources), "weights": dict(weights)}
+        self._write("valid", step, values)
 
-    def event(self, step: int, event: str, **fields: Any) -> None:
-        """Something that happened after `step` steps, with what there is to know about it."""
-        told = ", ".join(f"{key} {value}" for key, value in fields.items())
-        self._print(f"{event} at step {step}{': ' if told else ''}{told}")
+    def event(self, step: int, event: str, shown: str | None = None, **fields: Any) -> None:
+        """Something that happened after `step` steps; the console has `shown`, by default all that is known of it."""
+        if shown is None:
+            known = ", ".join(f"{key} {value}" for key, value in fields.items())
+            shown = f"{event} at step {step}{': ' if known else ''}{known}"
+        self._print(shown)
         self._write("event", step, {"event": event, **fields})
+
+    def card(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        """The numbers among `values` for TensorBoard, under `group`."""
+        if self.board is not None:
+            for name, value in _scalars(values):
+                self.board.add_scalar(f"{group}/{name}", value, step)
 
     def progress(self, step: int) -> None:
         """Move the progress bar, where there is one, to `step`."""
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+
+    def sync(self) -> None:
+        """Make all lines so far survive a power loss: before a checkpoint, which would go on behind them."""
+        os.fsync(self.file.fileno())
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -225,10 +145,9 @@ class RunLog:
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         # Unbuffered: one write a line, so that a killed run leaves whole lines and at most one torn one.
-        self.file.write(json_line({"kind": kind, "step": step, **values}))
-        if self.board is not None and kind != "event":
-            for name, value in _scalars(values):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.file.write(json_line({"kind": kind, "step": step, **values, "time": round(time.time(), 3)}))
+        if kind != "event":
+            self.card(kind, step, values)
 
 
 def open_log(
@@ -237,12 +156,12 @@ def open_log(
     total_steps: int,
     config: LogConfig,
     console: TextIO | None = None,
-    validated_step: int | None = None,
+    evaluated_step: int | None = None,
     **fields: Any,
 ) -> RunLog:
     """Open `folder`/metrics.jsonl for a run that has done `step` steps, and write a start or resume event.
 
-    What an earlier launch wrote about later steps (its train lines, and valid lines after `validated_step`, by default
+    What an earlier launch wrote about later steps (its train lines, and valid lines after `evaluated_step`, by default
     `step`; events stay, for they happened) and a last line torn by a kill are taken out by an atomic rewrite, and the
     event says how many lines that were. `fields` are added to the event.
     """
@@ -250,22 +169,28 @@ def open_log(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     existed = path.exists()
+    shown = f"{'resumed from' if existed else 'started at'} step {step}"
     if existed:
-        later, torn = _take_out_later_lines(path, step, step if validated_step is None else validated_step)
+        later, torn = _take_out_later_lines(path, step, step if evaluated_step is None else evaluated_step)
         fields = {"lines_of_later_steps_removed": later, "torn_lines_removed": torn, **fields}
+        if later:
+            shown += f"; {later} lines of later steps are taken out of {path.name}"
+        if torn:
+            shown += f"; {torn} damaged lines are taken out of {path.name}"
     log = RunLog(file=path.open("ab", buffering=0), console=console)
     if config.tensorboard:
         log.board = _open_tensorboard(folder / "tensorboard", step)
     if console.isatty():
         from tqdm import tqdm
 
-        log.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
-    log.event(step, "resume" if existed else "start", **fields)
+        # On the terminal itself: a rank's log has the lines and not the bar.
+        log.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.__stderr__)
+    log.event(step, "resume" if existed else "start", shown, **fields)
     return log
 
 
-def _take_out_later_lines(path: Path, step: int, validated_step: int) -> tuple[int, int]:
-    """Remove train lines after `step`, valid lines after `validated_step`, and what is no JSON: (later, torn) lines."""
+def _take_out_later_lines(path: Path, step: int, evaluated_step: int) -> tuple[int, int]:
+    """Remove train lines after `step`, valid lines after `evaluated_step`, and what is no JSON: (later, torn) lines."""
     later = torn = 0
     whole = True  # the last line kept has its newline
     temporary = path.with_name(f"{path.name}.tmp")
@@ -273,11 +198,11 @@ def _take_out_later_lines(path: Path, step: int, validated_step: int) -> tuple[i
         for line in old:
             try:
                 values = json.loads(line)
-                kind, line_step = values["kind"], values["step"]
-            except (ValueError, TypeError, KeyError):
+                kind, line_step = values["kind"], int(values["step"])
+            except (ValueError, TypeError, KeyError, RecursionError):
                 torn += 1
                 continue
-            if kind != "event" and line_step > (validated_step if kind == "valid" else step):
+            if kind != "event" and line_step > (evaluated_step if kind == "valid" else step):
                 later += 1
                 continue
             whole = line.endswith(b"\n")
@@ -303,47 +228,9 @@ def _open_tensorboard(folder: Path, step: int) -> Any:
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for key, value in values.items():
+        if key in _NO_CARD:
+            continue
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{key}/")
-        elif value is not None and math.isfinite(value):
+        elif isinstance(value, int | float) and math.isfinite(value):
             yield f"{prefix}{key}", value
-
-
-_COLUMNS = (
-    ("step", 8),
-    ("loss", 8),
-    ("ppl", 9),
-    ("lr", 8),
-    ("grad norm", 9),
-    ("tokens", 7),
-    ("tokens/s", 8),
-    ("step s", 7),
-    ("data %", 6),
-    ("mfu", 11),
-    ("memory", 8),
-)
-
-
-def _cells(step: int, values: Mapping[str, Any]) -> tuple[str, ...]:
-    mfu = f"{100 * values['mfu']:.1f} %" if "mfu" in values else f"{values['tflops']:.3g} TF/s"
-    return (
-        str(step),
-        f"{values['loss']:.4f}",
-        f"{values['perplexity']:.6g}",
-        f"{values['lr']:.2e}",
-        f"{values['grad_norm']:.4g}",
-        short_number(values["tokens"]),
-        short_number(values["tokens_per_s"]),
-        f"{values['step_s']:.3f}",
-        f"{100 * values['data_s'] / values['step_s']:.1f}" if values["step_s"] else "-",
-        mfu,
-        f"{values['memory'] / 2**30:.2f} GB",
-    )
-
-
-def short_number(number: float) -> str:
-    """A number in four places at most: 999, 12.3k, 4.56M, 35.5B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"

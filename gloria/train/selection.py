@@ -16,8 +16,7 @@ from gloria.tasks.models.export import export_head
 from gloria.tasks.models.finetuned import MODEL, load_tuned, predict, save_tuned, whole_state
 from gloria.tasks.report import RESULTS, score_record, write_results
 from gloria.tasks.submissions import save_predictions
-from gloria.train.finetune_report import report_scores
-from gloria.train.finetune_run import Run
+from gloria.train.run import Run
 
 
 class AskedToStop(Exception):
@@ -29,22 +28,26 @@ def choose(run: Run) -> bool:
 
     False, and nothing is chosen, where the run is asked to stop meanwhile.
     """
-    task = run.plan.task
+    objective, task = run.objective, run.objective.plan.task
+    selection, finetuned = objective.plan.selection, objective.finetuned
     run.watch.beat(run.step, "validation", slow=True)
     try:
-        found, _ = predict(run.tuned, run.plan.selection, run.config.eval.batch, run.process, _go_on(run, "validation"))
+        found, _ = predict(finetuned, selection, run.config.eval.batch, run.process, _go_on(run, "validation"))
     except AskedToStop:
         return False
-    scores = score(task, run.plan.selection, found, resamples=0)
+    scores = score(task, selection, found, resamples=0)
     values = {name: value.value for name, value in scores.items()}
-    now, before = values[task.selection], run.best.get("scores", {}).get(task.selection)
-    better = not run.best or (now is not None and (before is None or now > before))
-    report_scores(run, values, better)
+    now, before = values[task.selection], objective.best.get("scores", {}).get(task.selection)
+    better = not objective.best or (now is not None and (before is None or now > before))
+    if run.log:
+        shown = {name: value and round(value, 6) for name, value in values.items()}
+        run.log.event(run.step, "dev", **shown, best=better)
+        run.log.card("dev", run.step, values)
     if better:
-        run.best = {"step": run.step, "scores": values}
-        state = whole_state(run.tuned.model, keep=run.process.is_main)
+        objective.best = {"step": run.step, "scores": values}
+        state = whole_state(finetuned.model, keep=run.process.is_main)
         rank0_decides(run.process, lambda: _keep_best(run, state))
-    run.chosen_step = run.step
+    run.evaluated_step = run.step
     return True
 
 
@@ -60,8 +63,8 @@ def _go_on(run: Run, phase: str) -> Callable[[], None]:
 
 
 def _keep_best(run: Run, state: dict[str, Tensor]) -> int:
-    extra = {"model": run.tuned.source, "seed": run.seed, **run.best}
-    save_tuned(run.tuned, state, run.folder / MODEL, extra)
+    extra = {"model": run.objective.finetuned.source, "seed": run.seed, **run.objective.best}
+    save_tuned(run.objective.finetuned, state, run.folder / MODEL, extra)
     return 0
 
 
@@ -71,7 +74,7 @@ def score_best(run: Run) -> bool:
     False, and there are no results, where the run is asked to stop meanwhile.
     """
     run.watch.beat(run.step, "end", slow=True)
-    plan, process = run.plan, run.process
+    plan, process = run.objective.plan, run.process
     run.optimizer.state.clear()  # room for a whole model
     tuned = on_all_ranks(process, lambda: load_tuned(run.folder / MODEL, process.device))
     # The splits that are reported, as far as the folder has them.
@@ -93,7 +96,12 @@ def score_best(run: Run) -> bool:
     if process.is_main:
         print(f"predictions {run.folder / 'predictions'}: {', '.join(splits)}", flush=True)
         print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
-        about = {"model": str(run.folder / MODEL), "from": run.config.model, "seed": run.seed, "chosen": run.best}
+        about = {
+            "model": str(run.folder / MODEL),
+            "from": run.config.model,
+            "seed": run.seed,
+            "chosen": run.objective.best,
+        }
         about["recipe"] = to_mapping(run.config)
         write_results(run.folder / RESULTS, about, records)
     dist.barrier()

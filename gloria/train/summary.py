@@ -26,7 +26,7 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) ->
     memory = peak_of_step(config, shape, plan.world, element_bytes=ELEMENT_BYTES[precision])
     seconds = plan.tokens * plan.flops_per_token / 1e12 / plan.world
     rows = {
-        "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.where}",
+        "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}",
         "model": f"{shape.architecture}: {shape.num_layers} layers x {shape.hidden_size}, {shape.num_heads} "
         f"heads, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
         "parameters": f"{counts['total']:,} ({parts})",

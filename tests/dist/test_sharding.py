@@ -16,7 +16,6 @@ from gloria.dist.sharding import (
     gradient_square_sum,
     local_gradients,
     reseed,
-    shard_model,
     update,
 )
 from gloria.dist.step_sums import SPIKE_WINDOW, Flags, decide_update, new_running_norm, pack_sums, unpack_sums
@@ -24,6 +23,7 @@ from gloria.errors import UserError
 from gloria.model.transformer import Transformer, initial_value
 from gloria.model.config import TransformerConfig
 from gloria.optim.config import OptimConfig
+from gloria.train.pretraining import shard_model
 from gloria.optim.optimizers import build_optimizer
 from tests.world import run_world
 
@@ -173,7 +173,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_seen_by_every_rank():
     norm, finite = decide_update(good, 2)
     assert (norm.item(), finite.item()) == (2.0, True)
     read = unpack_sums(good, 2)
-    assert (read.source_loss.tolist(), read.source_rows.tolist()) == ([1.0, 2.0], [1, 1])
+    assert (read.group_loss.tolist(), read.group_rows.tolist()) == ([1.0, 2.0], [1, 1])
     assert (read.stop_requests, read.saves_done, read.saves_failed, read.locks_lost) == (1, 0, 1, 0)
     assert (read.finite, read.spike, read.applied) == (True, False, True)
     for grad_square, losses in ((float("inf"), [1.0, 2.0]), (4.0, [1.0, float("nan")])):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import gloria.pretrain
-import gloria.train.pretrain_run
+import gloria.train.loop
+import gloria.train.pretraining
 from gloria import show
 from gloria.dist import loss_scale
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
@@ -108,14 +109,14 @@ def test_an_overflow_of_one_rank_is_every_ranks_and_show_tells_of_it(recipe, tmp
 
 
 def test_a_gradient_that_no_scale_mends_is_a_bad_batch_in_the_end(recipe, tmp_path, monkeypatch, capsys):
-    honest = gloria.pretrain.forward_backward
+    honest = gloria.train.loop.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
         found = honest(run, batch)
         next(run.model.parameters()).grad.to_local()[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(gloria.pretrain, "forward_backward", forward_backward)
+    monkeypatch.setattr(gloria.train.loop, "forward_backward", forward_backward)
     monkeypatch.setattr(loss_scale, "START", 8.0)
     assert main(flags(recipe, train__max_skips=3)) == 1
     assert column(tmp_path / "run", "overflows") == [1, 1, 1, 0, 0, 0]
@@ -154,19 +155,19 @@ def test_from_a_checkpoint_of_another_precision_or_an_older_one(recipe, tmp_path
         "changed: train.precision: fp32 before, fp16 now",
         "changed: loss scale: begins at 65536, for the checkpoint has none",
     ]
-    honest = gloria.pretrain.trainer_state
+    honest = gloria.train.loop.trainer_state
 
     def older(run: Any) -> dict[str, Any]:
         return {k: v for k, v in honest(run).items() if k not in ("precision", "loss_scale", "overflows")}
 
     with monkeypatch.context() as patch:
-        patch.setattr(gloria.pretrain, "trainer_state", older)
+        patch.setattr(gloria.train.loop, "trainer_state", older)
         assert lines(3) == []
     assert lines(4) == [
         "changed: loss scale: begins at 65536, for the checkpoint has none",
     ]
     monkeypatch.setattr(
-        gloria.train.pretrain_run, "precision_and_reason", lambda asked, device: ("fp32", "the card has it")
+        gloria.train.pretraining, "precision_and_reason", lambda asked, device: ("fp32", "the card has it")
     )
     assert lines(5) == [
         "changed: train.precision: fp16 before, fp32 now, for the GPUs are others",

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import gloria.pretrain
+import gloria.train.loop
+import gloria.train.pretraining
 from gloria.dist import step_sums
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
 from gloria.dist.manifest import saved_steps
@@ -49,7 +51,7 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 def plant_in_a_gradient_of_rank_1(value: float) -> None:
     """At the sixth step, in one place."""
-    honest = gloria.pretrain.forward_backward
+    honest = gloria.train.loop.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
         losses = honest(run, batch)
@@ -57,7 +59,7 @@ def plant_in_a_gradient_of_rank_1(value: float) -> None:
             next(run.model.parameters()).grad.to_local()[0, 0] = value
         return losses
 
-    gloria.pretrain.forward_backward = forward_backward
+    gloria.train.loop.forward_backward = forward_backward
 
 
 def test_a_nan_in_one_gradient_of_one_rank_is_as_if_the_batch_had_not_been(recipe, tmp_path):
@@ -74,13 +76,13 @@ def test_a_nan_in_one_gradient_of_one_rank_is_as_if_the_batch_had_not_been(recip
 
 def test_a_spike_is_left_out_and_judged_alike_after_a_resume(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(step_sums, "SPIKE_WINDOW", 4)
-    honest = gloria.pretrain.row_loss_sums
+    honest = gloria.train.pretraining.row_loss_sums
 
     def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return honest(run, tokens, labels) * (20.0 if run.step == 8 else 1.0)
 
     recipe |= CONSTANT | {"train.skip_spikes": 30.0}
-    monkeypatch.setattr(gloria.pretrain, "row_loss_sums", row_loss_sums)
+    monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", row_loss_sums)
     assert main(flags(recipe)) == 0
     (event,) = events(tmp_path / "run", "skipped")
     assert (event["step"], event["why"], event["samples"]) == (9, "spike", "96:108")
@@ -88,7 +90,7 @@ def test_a_spike_is_left_out_and_judged_alike_after_a_resume(recipe, tmp_path, m
         assert main(flags(recipe, train__steps=steps, run__dir=tmp_path / "resumed")) == 0
     assert_same_tensors(tmp_path / "resumed", tmp_path / "run")
     assert events(tmp_path / "resumed", "skipped")[0]["step"] == 9
-    monkeypatch.setattr(gloria.pretrain, "row_loss_sums", honest)
+    monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", honest)
     assert main(flags(recipe, train__steps=11, data__skip_samples="96:108", run__dir=tmp_path / "without")) == 0
     assert_same_tensors(tmp_path / "run", tmp_path / "without")
 
@@ -135,14 +137,14 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_from_its_chec
 
 
 def rank_1_has_a_defect() -> None:
-    honest = gloria.pretrain.forward_backward
+    honest = gloria.train.loop.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
         if run.step == 3 and run.process.rank == 1:
             raise ValueError("a defect")
         return honest(run, batch)
 
-    gloria.pretrain.forward_backward = forward_backward
+    gloria.train.loop.forward_backward = forward_backward
 
 
 def test_a_defect_on_another_rank_is_what_the_status_says(recipe, tmp_path):
@@ -161,7 +163,7 @@ def test_out_of_memory_is_one_line_with_what_to_do(recipe, tmp_path, monkeypatch
     def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(gloria.pretrain, "row_loss_sums", row_loss_sums)
+    monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", row_loss_sums)
     assert main(flags(recipe, train__micro_batch=12)) == 1
     line = (
         "out of memory on rank 0 in step 0, forward and backward, with train.micro_batch 12 x 32 tokens; "
@@ -176,14 +178,14 @@ def test_out_of_memory_is_one_line_with_what_to_do(recipe, tmp_path, monkeypatch
 def test_a_launch_whose_run_was_taken_over_stops_and_writes_nothing(
     recipe, tmp_path, monkeypatch, capsys, in_validation
 ):
-    honest = gloria.pretrain.row_loss_sums
+    honest = gloria.train.pretraining.row_loss_sums
 
     def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if run.step == 6 and torch.is_grad_enabled() != in_validation:
             run.claim.lost = True
         return honest(run, tokens, labels)
 
-    monkeypatch.setattr(gloria.pretrain, "row_loss_sums", row_loss_sums)
+    monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", row_loss_sums)
     assert main(flags(recipe, valid__every=6 if in_validation else 0)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {tmp_path / 'run'}: another launch has taken the run over; the newest checkpoint is of step 4"
@@ -220,10 +222,10 @@ def test_a_trace_of_some_steps(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("train.profile_steps", "3"), ("data.skip_samples", "90:60")])
-def test_a_stretch_that_is_none_is_refused(recipe, key, value, capsys):
+def test_a_range_that_is_none_is_refused(recipe, key, value, capsys):
     from gloria.errors import run_command
 
     assert run_command(main, flags(recipe | {key: value})) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f'error: --{key}: "{value}" is no stretch; give A:B with A before B, such as 96:120'
+        f'error: --{key}: "{value}" is no range; give A:B with A before B, such as 96:120'
     ]

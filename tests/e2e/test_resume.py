@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import gloria.pretrain
-from gloria.data.loader import Batch
+from gloria.data.loader import Batch, Loader
 from gloria.dist.checkpoint import begin_save, finish
 from gloria.dist.checkpoint_read import read_full_tensors, read_trainer
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.run_lock import lock_run, release_run
 from gloria.dist.state import training_state
 from gloria.errors import run_command
-from gloria.train.pretrain_run import PendingStep, Run
+from gloria.train.run import Run
 from tests import launch
 from tests.launch import SMALL, flags, losses
 
@@ -45,35 +45,25 @@ def recipe(sample_corpus: Path, repository: Path) -> dict[str, Any]:
 
 def observe(folder: Path, replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """From here on a run in this process leaves in `folder` what it starts from, and the samples of each step."""
-    take_step, open_run = gloria.pretrain.take_step, gloria.pretrain.open_run
+    open_run, next_batch = gloria.pretrain.open_pretraining, Loader.__next__
 
-    def taking_step(run: Run, batch: Batch) -> PendingStep:
+    def reading(loader: Loader) -> Batch:
+        batch = next_batch(loader)
         columns = (batch.rows, batch.source, batch.epoch, batch.window)
-        line = [batch.step, run.process.rank, *(column.tolist() for column in columns)]
-        with open(folder / f"samples-{run.process.rank}.jsonl", "a") as file:
+        line = [batch.step, loader._rank, *(column.tolist() for column in columns)]
+        with open(folder / f"samples-{loader._rank}.jsonl", "a") as file:
             print(json.dumps(line), file=file)
-        return take_step(run, batch)
+        return batch
 
     def opening_run(*arguments: Any) -> Run:
         run = open_run(*arguments)
-        rank, world = run.process.rank, run.process.world
-        assert finish(
-            begin_save(
-                folder,
-                run.step,
-                training_state(run.model, run.optimizer),
-                {},
-                {},
-                rank=rank,
-                world=world,
-                launch="x",
-                asynchronous=False,
-            )
-        )
+        ranks = {"rank": run.process.rank, "world": run.process.world}
+        state = training_state(run.model, run.optimizer)
+        assert finish(begin_save(folder, run.step, state, {}, {}, **ranks, launch="x", asynchronous=False))
         return run
 
-    replace(gloria.pretrain, "take_step", taking_step)
-    replace(gloria.pretrain, "open_run", opening_run)
+    replace(Loader, "__next__", reading)
+    replace(gloria.pretrain, "open_pretraining", opening_run)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ import torch
 
 import gloria.dist.checkpoint
 import gloria.pretrain
+import gloria.train.loop
+import gloria.train.pretraining
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_full_tensors
 from gloria.dist.run_lock import read_status
 from tests import launch
@@ -43,7 +45,7 @@ def in_start_up() -> None:
 
 def in_the_second_validation() -> None:
     """Between two batches of the validation after some steps."""
-    honest, calls = gloria.pretrain.row_loss_sums, []
+    honest, calls = gloria.train.pretraining.row_loss_sums, []
 
     def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if run.step and not torch.is_grad_enabled():
@@ -52,7 +54,7 @@ def in_the_second_validation() -> None:
                 send(signal.SIGINT, RANK_0)
         return honest(run, tokens, labels)
 
-    gloria.pretrain.row_loss_sums = row_loss_sums
+    gloria.train.pretraining.row_loss_sums = row_loss_sums
 
 
 def while_a_background_save_is_written() -> None:
@@ -68,14 +70,14 @@ def while_a_background_save_is_written() -> None:
 
 
 def in_a_step() -> None:
-    honest = gloria.pretrain.forward_backward
+    honest = gloria.train.loop.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
         if run.step == run.first_step + 1:
             send(signal.SIGUSR1, RANK_0)
         return honest(run, batch)
 
-    gloria.pretrain.forward_backward = forward_backward
+    gloria.train.loop.forward_backward = forward_backward
 
 
 def test_stopped_by_every_signal_in_every_phase_and_gone_on_with_it_is_the_same_run(recipe, tmp_path):
@@ -133,14 +135,14 @@ def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path):
 
 
 def _slow_steps() -> None:
-    honest = gloria.pretrain.forward_backward
+    honest = gloria.train.loop.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
         if run.step >= 3:
             time.sleep(60)
         return honest(run, batch)
 
-    gloria.pretrain.forward_backward = forward_backward
+    gloria.train.loop.forward_backward = forward_backward
 
 
 def test_a_rank_that_dies_after_sigterm_ends_the_others_at_once_without_a_save(recipe, tmp_path):

@@ -126,7 +126,7 @@ def test_a_wrong_file_is_told_in_a_line(task, write, line, neo, tmp_path, capsys
         ({"train.global_batch": 0}, "--train.global_batch: 0 is too small; give at least 1"),
         ({"train.precision": "fp8"}, '--train.precision: unknown value "fp8"; one of '
          '"auto", "fp32", "bf16", "fp16"'),
-        ({"dist.replicas": 3}, "--dist.replicas: 3 does not divide the number of ranks, 1; give a divisor"),
+        ({"dist.replicas": 3}, "--dist.replicas: 3 does not divide the number of ranks, 1; give one of 1"),
         ({"run.device": "cuda"}, "run.device: cuda is asked for and torch sees no GPU; use --run.device cpu or auto"),
         ({"checkpoint.keep": 1}, "--checkpoint.keep: 1 is too small; give at least 2"),
         ({"config": "none.toml"}, "none.toml: no such file; check the path"),

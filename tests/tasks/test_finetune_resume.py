@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import gloria.dist.checkpoint
 import gloria.finetune as finetune
+import gloria.train.loop
 import gloria.train.run
 import gloria.train.selection as finetune_score
 from gloria.dist.manifest import saved_steps
@@ -57,7 +58,7 @@ def assert_same_end(run: Path, whole: Path) -> None:
 def _tune_and_die(arguments: list[str], moment: str) -> None:
     """Fine-tune in this process and end it, as a power cut would, between two checkpoints or within one."""
     if moment == "between checkpoints":
-        honest_step = finetune.forward_backward
+        honest_step = gloria.train.loop.forward_backward
 
         def forward_backward(run: Any, batch: Any) -> torch.Tensor:
             if run.step == 5 and run.save:
@@ -66,7 +67,7 @@ def _tune_and_die(arguments: list[str], moment: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest_step(run, batch)
 
-        finetune.forward_backward = forward_backward
+        gloria.train.loop.forward_backward = forward_backward
     else:
         honest_write = gloria.dist.checkpoint.write_tensor_file
 
@@ -158,7 +159,7 @@ def test_out_of_memory_is_told_in_a_line_with_what_to_do(assin, neo, tmp_path, m
     def no_memory(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(finetune, "forward_backward", no_memory)
+    monkeypatch.setattr(gloria.train.loop, "forward_backward", no_memory)
     assert run_command(finetune.main, command("assin2", neo, assin, tmp_path / "run", **FLAGS)) == 1
     assert capsys.readouterr().err == (
         "error: out of memory on rank 0 in step 0, forward and backward, with train.micro_batch 8 x 64 tokens; "

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import gloria.finetune as finetune
+import gloria.train.group
 from gloria.dist.process import Process, start_process_group, stop_process_group
 from tests.tasks.models.test_padding import examples_of, make_tuned, outputs
 from tests.tasks.test_finetune import command, results
@@ -27,8 +28,8 @@ def on_a_rank(rank: int, world: int, arguments: list[str], folders: list[Path], 
     """Fine-tune, then let the models of `folders` answer."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), HF_HUB_OFFLINE="1")
     process = Process(rank, world, torch.device("cpu"))
-    finetune.start_process_group = lambda *_: process
-    finetune.stop_process_group = lambda: None
+    gloria.train.group.start_process_group = lambda *_: process
+    gloria.train.group.stop_process_group = lambda: None
     assert finetune.main(arguments) == 0
     return [outputs(folder, examples_of(folder, data), 3, process)[0] for folder in folders]
 

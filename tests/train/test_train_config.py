@@ -315,7 +315,7 @@ def test_all_recipes_are_right_and_keep_the_original_lengths(repository: Path, m
 def test_without_an_argument_it_is_the_demo_and_no_torch_is_needed(folder: Path) -> None:
     code = (
         "import sys; from gloria.train.config import read_pretrain_config, plan_run\n"
-        "assert read_pretrain_config([]).where == sys.argv[1]\n"
+        "assert read_pretrain_config([]).source_file == sys.argv[1]\n"
         "plan_run(read_pretrain_config(['--config', 'recipe.toml']))\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

@@ -1,0 +1,351 @@
+"""Pre-training as an objective of the loop: windows of a weighted mixture, the loss by source, validation by source."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from gloria.config.cli import to_mapping
+from gloria.data.corpus import Corpus
+from gloria.data.loader import Loader, validation_windows
+from gloria.data.mixture import Mixture
+from gloria.data.stream import TokenStream
+from gloria.dist.checkpoint_read import open_reader, read_trainer
+from gloria.dist.manifest import checkpoint_path
+from gloria.dist.process import Process, rank0_decides
+from gloria.dist.rank_log import open_rank_log
+from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
+from gloria.dist.signals import ASKED
+from gloria.dist.step_sums import StepSums
+from gloria.errors import UserError, warn
+from gloria.files import to_json, write_whole
+from gloria.model.config import TransformerConfig
+from gloria.model.huggingface import read_tensors
+from gloria.model.transformer import Transformer, initial_value
+from gloria.optim.optimizers import build_optimizer
+from gloria.train.config import PretrainConfig, RunPlan, check_epochs, with_location
+from gloria.train.loop import StepBatch
+from gloria.train.meter import Meter, peak_flops
+from gloria.train.metrics import perplexity
+from gloria.train.resume import changes_since
+from gloria.train.run import (
+    TAKEN_OVER,
+    Run,
+    begin_log,
+    flags_of,
+    load_checkpoint,
+    lock_and_choose,
+    opening,
+    require_same_recipe,
+)
+from gloria.train.sections import parse_range
+from gloria.train.summary import describe
+
+
+@dataclass
+class Pretraining:
+    """The objective: predict every next token of windows that the mixture draws."""
+
+    plan: RunPlan
+    mixture: Mixture
+    loader: Loader
+    valid_streams: Mapping[str, tuple[TokenStream, np.ndarray]]  # by source: held-out tokens, windows (n,)
+    valid_weights: Mapping[str, float]  # of sources in valid/loss; see `_open_validation`
+    evaluate_every: int
+    peak: float | None  # FLOP/s of a rank's card, where it is known
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.mixture.names
+
+    def next_batch(self, run: Run) -> StepBatch:
+        """The rows of this rank; micro-batches are (rows, seq + 1) int64."""
+        batch = next(self.loader)
+        tokens = to_device(batch.tokens, run.process.device)  # (rows, seq + 1)
+        # One rank's rows and the number of passes come out even, see train.config.
+        parts = tokens.split(run.config.train.micro_batch)
+        groups = torch.tensor(batch.source, device=run.process.device)
+        global_tokens = self.mixture.global_batch * self.mixture.sequence_length
+        return StepBatch(parts, groups, global_tokens, global_tokens)
+
+    def row_losses(self, run: Run, part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed token loss of each window, (rows,); there are no other sums."""
+        return row_loss_sums(run, part, labels=part[:, 1:]), {}
+
+    @torch.no_grad()
+    def evaluate(self, run: Run) -> str:
+        """The loss of every source on its held-out windows, always the same ones; why to stop, or "".
+
+        The model's forward is a collective, so every rank takes the same number of batches: a rank that has no window
+        left takes one whose labels are all masked. After each batch the ranks agree whether to go on.
+        """
+        run.model.eval()
+        process, micro_batch, length = run.process, run.config.train.micro_batch, self.mixture.sequence_length
+        losses: dict[str, float] = {}
+        for name, (stream, windows) in self.valid_streams.items():
+            own = windows[process.rank :: process.world]
+            batches = -(-len(windows) // (process.world * micro_batch))
+            losses[name] = 0.0
+            for number in range(batches):
+                run.watch.beat(run.step, "validation", slow=run.step == 0)
+                chosen = own[number * micro_batch : (number + 1) * micro_batch]
+                tokens = np.zeros((micro_batch, length + 1), stream.dtype)
+                stream.gather(chosen, length, tokens[: len(chosen)])
+                ids = to_device(tokens, process.device)
+                labels = ids[:, 1:].clone()
+                labels[len(chosen) :] = -100
+                sums = torch.zeros(3, dtype=torch.float64, device=process.device)
+                sums[0] = row_loss_sums(run, ids, labels).sum(dtype=torch.float64)
+                flags = flags_of(run)
+                sums[1:] = torch.tensor([flags.stop, flags.lock_lost])
+                all_reduce_sums(sums)
+                loss, stop_requests, locks_lost = sums.tolist()
+                if stop_requests or locks_lost:
+                    run.model.train()
+                    return TAKEN_OVER if locks_lost else ASKED
+                losses[name] += loss / (len(windows) * length)
+        run.model.train()
+        run.evaluated_step = run.step
+        if run.log:
+            weights = {name: self.valid_weights.get(name, 0.0) for name in losses}
+            total = sum(weights.values())
+            mean = sum(weights[name] * loss for name, loss in losses.items()) / total if total else float("nan")
+            run.log.valid(run.step, mean, losses, weights)
+        return ""
+
+    def log_values(
+        self, run: Run, step: int, values: dict[str, Any], losses: dict[str, float | None]
+    ) -> dict[str, Any]:
+        """Perplexity, speed in FLOP/s, and of each source its loss, share (asked and achieved) and epochs.
+
+        The achieved share counts windows since the present weights hold.
+        """
+        next_sample = self.mixture.samples_of_step(step - 1).stop
+        taken, stage = self.mixture.count_before(next_sample), self.mixture.stages[-1]
+        since = {name: taken[name] - before for name, before in zip(stage.names, stage.taken)}
+        epochs, shares = self.mixture.epochs_at(next_sample), self.mixture.shares
+        flops = values["tokens_per_s"] * self.plan.flops_per_token / run.process.world
+        sources = {
+            name: {
+                "asked": shares.get(name, 0.0),
+                "share": since.get(name, 0) / max(sum(since.values()), 1),
+                "loss": loss,
+                "epoch": epochs[name],
+            }
+            for name, loss in losses.items()
+            if loss is not None or shares.get(name)
+        }
+        return {
+            "perplexity": perplexity(values["loss"]),
+            "tflops": flops / 1e12,
+            **({} if self.peak is None else {"mfu": flops / self.peak}),
+            "sources": sources,
+        }
+
+    def describe_step(self, step: int, sums: StepSums) -> dict[str, Any]:
+        samples = self.mixture.samples_of_step(step)
+        bad = [name for name, loss in zip(self.groups, sums.group_loss) if not np.isfinite(loss)]
+        what = bad or ("all" if sums.spike else "all finite: the gradient was not")
+        return {"samples": f"{samples.start}:{samples.stop}", "sources": what}
+
+    def finish(self, run: Run) -> bool:
+        if run.process.is_main:
+            print(f"next: python -m gloria.export --run {run.folder} --out models/{run.folder.name}", flush=True)
+        return True
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mixture": self.mixture.state_dict(), "model": self.plan.shape.to_dict()}
+
+
+def row_loss_sums(run: Run, tokens: Tensor, labels: Tensor) -> Tensor:
+    """The model's summed token loss of each row, (rows,), on windows `tokens` (rows, seq + 1)."""
+    ids = tokens[:, :-1]
+    documents = None
+    if run.config.data.mask_documents:
+        ends = (ids == run.objective.plan.corpus.manifest.tokenizer["eos_id"]).long()
+        documents = ends.cumsum(dim=1) - ends  # an EOS belongs to the document it ends
+    return run.model(ids, labels, documents)
+
+
+def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
+    """Token ids as the embedding takes them (int64); they travel to the device as small as they are on disk."""
+    narrow = torch.from_numpy(tokens)
+    if device.type == "cuda":
+        narrow = narrow.pin_memory().to(device, non_blocking=True)
+    return narrow.to(torch.int64)
+
+
+def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) -> Run:
+    """Lock the run folder, build the model, and go on where the newest checkpoint ends.
+
+    Raises `UserError` on all ranks for whatever a recipe, a folder or a checkpoint has wrong.
+    """
+    folder = Path(config.run.dir)
+    with opening(config, process) as watch:
+        precision, why = _precision(config, process)
+        require_same_recipe(process, config, plan.corpus.manifest, precision=precision)
+        mesh = build_mesh(process, config.dist.replicas)
+        resume_step = lock_and_choose(config, process, folder, watch, config.data.skip_samples)
+        open_rank_log(folder, process.rank, process.world)
+        model = _build_model(config, plan, process, mesh, precision)
+        card = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else ""
+        objective = Pretraining(
+            plan=plan,
+            mixture=plan.mixture,
+            loader=_loader(config, plan.corpus, plan.mixture, process),
+            valid_streams={},
+            valid_weights={},
+            evaluate_every=0,
+            peak=peak_flops(card, precision) if card else None,
+        )
+        run = Run(
+            config=config,
+            objective=objective,
+            process=process,
+            mesh=mesh,
+            folder=folder,
+            seed=config.run.seed,
+            precision=precision,
+            model=model,
+            optimizer=build_optimizer(config.optim, model.named_parameters()),
+            total_steps=plan.total_steps,
+            meter=Meter(plan.mixture.names, plan.mixture.sequence_length),
+            watch=watch,
+        )
+        changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else _initialise(run)
+        if samples := parse_range(config.data.skip_samples):
+            changes += _leave_out(run, samples)
+        _open_validation(config, plan.corpus, objective)
+        rank0_decides(process, lambda: _write_start(run))
+        if process.is_main:
+            print(describe(config, plan, precision, why), flush=True)
+            for warning in plan.warnings:
+                warn(warning)
+        begin_log(run, changes)
+    return run
+
+
+def _precision(config: PretrainConfig, process: Process) -> tuple[str, str]:
+    try:
+        return precision_and_reason(config.train.precision, process.device)
+    except UserError as error:
+        raise with_location(config, error) from None
+
+
+def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: Process) -> Loader:
+    # Its thread starts with the first batch, when the mixture stands where the checkpoint has it.
+    streams = {entry.name: corpus.stream(entry.name) for entry in corpus.manifest.sources if entry.train.tokens}
+    return Loader(streams, mixture, rank=process.rank, world=process.world, prefetch=config.data.prefetch)
+
+
+def _build_model(
+    config: PretrainConfig, plan: RunPlan, process: Process, mesh: DeviceMesh, precision: str
+) -> Transformer:
+    compile_blocks = process.device.type == "cuda" if config.train.compile == "auto" else config.train.compile
+    return shard_model(
+        plan.shape,
+        mesh,
+        process.device,
+        precision=precision,
+        activation_checkpointing=config.train.activation_checkpointing,
+        compile_blocks=compile_blocks,
+    )
+
+
+def shard_model(
+    shape: TransformerConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    precision: str,
+    activation_checkpointing: str,
+    compile_blocks: bool,
+) -> Transformer:
+    """A Transformer whose parameters live in shards on `mesh`; their values are not set yet (`fill_parameters`).
+
+    Order: checkpointing is a call inside `Block.forward`, then `block.compile()` in place (`torch.compile(block)`
+    would put `_orig_mod.` in the parameter names), then `fully_shard(block)`, then the root, whose group holds the
+    tied embedding whole while the loss is computed inside the root's forward.
+    """
+    with torch.device("meta"):
+        model = Transformer(shape, activation_checkpointing=activation_checkpointing)
+    if compile_blocks:
+        for block in model.transformer.h:
+            block.compile()
+    shard(model, model.transformer.h, mesh, precision)
+    model.to_empty(device=device)
+    # The head reads wte.weight, so a second copy after to_empty would train apart from the first.
+    assert sum(name.endswith("wte.weight") for name, _ in model.named_parameters()) == 1
+    return model
+
+
+def _initialise(run: Run) -> list[str]:
+    """The starting weights: a Hugging Face folder's, or random ones that no number of ranks changes. Always []."""
+    config, shape = run.config, run.objective.plan.shape
+    if config.model.from_:
+        tensors = read_tensors(config.model.from_)
+        fill_parameters(run.model, lambda name, size: tensors[name])
+    else:
+        fill_parameters(run.model, lambda name, size: initial_value(name, size, shape, run.seed))
+    return []
+
+
+def _load(run: Run, checkpoint: Path) -> list[str]:
+    """Everything from a checkpoint; a line for each change since."""
+    trainer, step = read_trainer(checkpoint), open_reader(checkpoint).step
+    objective, data = run.objective, run.config.data
+    try:
+        changes = changes_since(trainer, run.config, objective.plan, step)
+        changes += objective.mixture.load_state_dict(
+            trainer["mixture"], allow_change=data.allow_change, new_epoch=data.new_epoch
+        )
+        check_epochs(run.config, objective.mixture, run.total_steps)
+    except UserError as error:
+        raise with_location(run.config, error) from None
+    # A source of an earlier stage keeps its place among the names, so the meter is made for those of now.
+    run.meter = Meter(objective.groups, objective.mixture.sequence_length)
+    return changes + load_checkpoint(run, checkpoint, trainer)
+
+
+def _leave_out(run: Run, samples: range) -> list[str]:
+    try:
+        return run.objective.mixture.leave_out(samples)
+    except UserError as error:
+        raise with_location(run.config, error) from None
+
+
+def _write_start(run: Run) -> int:
+    """For rank 0, before the first step: what `show` and `export` read."""
+    plan = run.objective.plan
+    shutil.copytree(plan.corpus.tokenizer_folder, run.folder / "tokenizer", dirs_exist_ok=True)
+    start = {"recipe": to_mapping(run.config), "mixture": run.objective.mixture.state_dict()}
+    write_whole(run.folder / "mixture.json", to_json(start))
+    return 0
+
+
+def _open_validation(config: PretrainConfig, corpus: Corpus, objective: Pretraining) -> None:
+    """The held-out windows of every source that the run has ever drawn, also one whose weight is 0 by now.
+
+    Their weights in `valid/loss` are the shares the run began with: a re-weighting would change what the curve means.
+    """
+    mixture, found = objective.mixture, {}
+    held_out = {entry.name: entry.valid.tokens for entry in corpus.manifest.sources if config.valid.every}
+    for name in mixture.names:
+        if held_out.get(name, 0) > mixture.sequence_length:  # plan_run reports the others
+            stream = corpus.stream(name, "valid")
+            found[name] = (stream, validation_windows(stream, mixture.sequence_length, config.valid.windows))
+    first = mixture.stages[0]
+    objective.valid_weights = {name: quota / first.period for name, quota in zip(first.names, first.quotas)}
+    objective.valid_streams = found
+    objective.evaluate_every = config.valid.every if found else 0
