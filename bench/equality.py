@@ -2,8 +2,8 @@
 
     python bench/equality.py --before 6fe7d99 [--after HEAD]
 
-Checks out both beside each other and runs, from each, the same pre-training (mixture, dropout, background saves) and the
-same fine-tuning on 1 and on 2 ranks, on CPU. Compares the loss and gradient norm of every step, the samples of every
+Checks out both beside each other and runs, from each, the same pre-training (mixture, dropout, background saves) and
+the same fine-tuning on 1 and on 2 ranks, on CPU. Compares the loss and gradient norm of every step, the samples of every
 step (as `gloria.show` lists them), and every tensor of every checkpoint (weights, moments, generators) by hash. Exits 1
 where anything differs.
 """
@@ -68,7 +68,7 @@ def facts_of(folder: Path) -> dict[str, object]:
             facts[f"{line['kind']} {line['step']}"] = (line["loss"], line.get("grad_norm"))
     for path in sorted(folder.glob("checkpoints/step-*/rank-*.safetensors")):
         with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118: this is no dict
+            for name in file.keys():  # noqa: SIM118  (no dict: it has no iterator)
                 key = f"{path.parent.name} {path.stem} {name}"
                 facts[key] = xxhash.xxh3_128_hexdigest(file.get_tensor(name).tobytes())
     return facts
