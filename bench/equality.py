@@ -3,9 +3,9 @@
     python bench/equality.py --before 6fe7d99 [--after HEAD]
 
 Checks out both beside each other and runs, from each, the same pre-training (mixture, dropout, background saves) and
-the same fine-tuning on 1 and on 2 ranks, on CPU. Compares the loss and gradient norm of every step, the samples of every
-step (as `gloria.show` lists them), and every tensor of every checkpoint (weights, moments, generators) by hash. Exits 1
-where anything differs.
+the same fine-tuning on 1 and on 2 ranks, on CPU. Compares the loss and gradient norm of every step, the samples of
+some (as `gloria.show` lists them), and every tensor of every checkpoint (weights, moments, generators) by hash. Exits
+1 where anything differs.
 """
 
 from __future__ import annotations
