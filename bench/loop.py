@@ -2,7 +2,7 @@
 
     python bench/loop.py [--steps 30]
 
-Runs `gloria.pretrain.train` itself, in this process, on the sample corpus, with clocks around the model and the
+Runs the steps of `gloria.train.loop` themselves, in this process, on the sample corpus, with clocks around the model and the
 optimizer, and prints the rest as a share of the whole: waiting for data, the packed all-reduce, gradient norm and
 clipping, the log. One rank, so that nothing here is the waiting of one rank for another.
 """
@@ -18,6 +18,10 @@ from typing import Any
 
 import gloria.pretrain as pretrain
 from gloria.prepare import main as prepare
+from gloria.train import loop
+from gloria.train.group import process_group
+from gloria.train.pretraining import open_pretraining
+from gloria.train.run import close_run
 
 RECIPE = Path(__file__).resolve().parent.parent / "launch"
 
@@ -47,18 +51,17 @@ def main() -> None:
                 *("--train.steps", str(steps), "--checkpoint.every", "1000000", "--valid.every", "0"),
             ]
         )
-        run = pretrain.open_run(config, plan)
         clock: dict[str, float] = {}
-        parts = ("forward_backward", "update", "gradient_square_sum", "all_reduce_sums", "settle")
-        for name in parts:
-            setattr(pretrain, name, timed(getattr(pretrain, name), clock, name))
-        pretrain.end = lambda run, stop: 0  # the last checkpoint and the good-byes are no part of a step
-        pretrain.take_step(run, next(run.loader))  # the first step allocates
-        clock.clear()
-        start = time.perf_counter()
-        pretrain.train(run)
-        whole = time.perf_counter() - start
-        run.loader.close()
+        with process_group(config) as process:
+            run = open_pretraining(config, plan, process)
+            for name in ("forward_backward", "update", "gradient_square_sum", "all_reduce_sums", "finish_step"):
+                setattr(loop, name, timed(getattr(loop, name), clock, name))
+            loop.take_step(run, run.objective.next_batch(run))  # the first step allocates
+            clock.clear()
+            start = time.perf_counter()
+            loop.take_steps(run)
+            whole = time.perf_counter() - start
+            close_run(run, "stopped")
     rest = whole - clock["forward_backward"] - clock["update"]
     print(f"{steps - 1} steps of the demo, one rank: {1000 * whole / (steps - 1):.1f} ms a step")
     for name, seconds in sorted(clock.items(), key=lambda item: -item[1]):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gloria.pretrain
+import gloria.train.checkpointing
 import gloria.train.pretraining
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
 from gloria.dist.run_lock import read_status
@@ -20,6 +21,7 @@ from gloria.dist.signals import STOP_SIGNALS
 from gloria.errors import run_command
 from gloria.files import hash_file
 from gloria.pretrain import main
+from gloria.train.metrics import RunLog
 from tests.launch import SMALL, flags, losses, metrics
 
 
@@ -125,6 +127,53 @@ def test_weights_and_batch_may_change_when_a_run_goes_on(recipe, tmp_path, capsy
     last = metrics(tmp_path / "run", "train")[-1]
     assert last["tokens"] == (6 * 12 + 3 * 24) * 32
     assert last["sources"].get("cartas", {"asked": 0.0})["asked"] == 0.0
+
+
+def test_validation_means_the_same_before_and_after_a_change_of_weights(recipe, tmp_path):
+    """It keeps the weights the run began with, and a source that is left out: forgetting shows there."""
+    recipe |= {"valid.every": 2, "valid.windows": 3, "schedule.kind": "constant", "schedule.min_ratio": 0.0}
+    assert main(flags(recipe, train__steps=4)) == 0
+    assert main(flags(recipe, train__steps=6, data__weights__cartas=0, data__weights__dialogos=3)) == 0
+    lines = metrics(tmp_path / "run", "valid")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert lines[0]["weights"] == lines[-1]["weights"]
+    assert {"cartas", "dialogos"} < set(lines[-1]["sources"]) == set(lines[0]["sources"])
+    for line in lines:
+        mean = sum(line["weights"][name] * loss for name, loss in line["sources"].items())
+        assert line["loss"] == pytest.approx(mean / sum(line["weights"].values()))
+
+
+def test_a_run_records_its_versions_its_changes_and_when(recipe, tmp_path):
+    assert main(flags(recipe, train__steps=2)) == 0
+    assert main(flags(recipe, train__steps=3, data__weights__cartas=0)) == 0
+    events = metrics(tmp_path / "run", "event")
+    for event in (event for event in events if event["event"] in ("start", "resume")):
+        assert event["versions"]["torch"] == torch.__version__
+        assert {"gloria", "numpy", "python"} <= event["versions"].keys()
+    changes = [event["what"] for event in events if event["event"] == "changed"]
+    assert any("cartas" in change and "left out" in change for change in changes)
+    assert "train.steps: 2 before, 3 now" in changes
+    times = [line["time"] for kind in ("event", "train") for line in metrics(tmp_path / "run", kind)]
+    assert max(times) - min(times) < 3600
+
+
+def test_a_checkpoint_is_published_behind_lines_that_a_power_loss_cannot_take(recipe, tmp_path, monkeypatch):
+    """Otherwise the run goes on from the checkpoint, and the steps before it are in no log."""
+    synced: list[int] = []
+    sync, begin_save = RunLog.sync, gloria.train.checkpointing.begin_save
+
+    def syncing(log: RunLog) -> None:
+        synced.append(metrics(tmp_path / "run", "train")[-1]["step"])
+        sync(log)
+
+    def saving(folder: Path, step: int, *args: Any, **kwargs: Any) -> Any:
+        assert synced[-1] == step
+        return begin_save(folder, step, *args, **kwargs)
+
+    monkeypatch.setattr(RunLog, "sync", syncing)
+    monkeypatch.setattr(gloria.train.checkpointing, "begin_save", saving)
+    assert main(flags(recipe)) == 0
+    assert synced == [4, 8, 12]
 
 
 def test_never_auto_and_a_step(recipe, tmp_path, capsys):

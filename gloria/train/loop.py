@@ -220,6 +220,8 @@ def report_step(run: Run, pending: PendingStep, sums: StepSums) -> None:
 def save(run: Run, *, asynchronous: bool) -> None:
     """Start the checkpoint of this step: model and optimizer by shard, and all else that the run remembers."""
     tensors = training_state(run.model, run.optimizer)
+    if run.log:
+        run.log.sync()  # the run goes on from this checkpoint: no line before it may be lost to a power cut
     checkpointing.begin(run, tensors, trainer_state(run), asynchronous=asynchronous)
 
 
