@@ -2,7 +2,7 @@
 
     python bench/loop.py [--steps 30]
 
-Runs the steps of `gloria.train.loop` themselves, in this process, on the sample corpus, with clocks around the model and the
+Runs the steps of `gloria.train.loop` in this process, on the sample corpus, with clocks around the model and the
 optimizer, and prints the rest as a share of the whole: waiting for data, the packed all-reduce, gradient norm and
 clipping, the log. One rank, so that nothing here is the waiting of one rank for another.
 """
