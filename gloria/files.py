@@ -1,7 +1,8 @@
-"""Files written whole or not at all, and read as if a stranger had left them; content in one number, sizes for people.
+"""Files and folders written whole or not at all, and read without trust in their content; JSON, hashes, sizes as text.
 
 A run's files are read by `open_plain` and `read_bounded`, which never follow a symbolic link at the file itself, never
-wait on a pipe, never take in more than a limit and never run anything: JSON and raw bytes are all there is.
+wait on a pipe, never read more than a limit and never run anything: JSON and raw bytes are all there is. They are
+written by `create_file` and `whole_file`, which never write through a link or into a file that stands there.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
-from gloria.errors import UserError
+from gloria.errors import UserError, warn
 
 # A checkpoint of a 2.7B model has headers of under 1 MB; 16 MB of hostile JSON still fits in memory when parsed.
 MAX_JSON_BYTES = 16 << 20
 CHUNK_BYTES = 16 << 20
+REPLACED = "replaced"  # in a work folder: the one that `publish` has moved out of the way
 _HASHED_BYTES = 4 << 20  # at a time
 
 
@@ -59,38 +61,46 @@ def size_text(count: int) -> str:
     return f"{count} B"
 
 
-def open_plain(path: Path) -> int:
-    """A read-only descriptor of a regular file; the caller closes it. UserError names what it is instead."""
+def open_plain(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> int:
+    """A descriptor of a regular file, opened with `flags` (also O_APPEND | O_CREAT); the caller closes it.
+
+    UserError names what is there instead. It never waits on a pipe, and follows a symbolic link at the file itself
+    only with `follow_links`.
+    """
+    follow = 0 if follow_links else os.O_NOFOLLOW
     try:
-        # NONBLOCK: opening a pipe that has no writer would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        # NONBLOCK: opening a pipe that has no other end would wait for ever.
+        descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
     except OSError as error:
-        if path.is_symlink():
+        if not follow_links and path.is_symlink():
             raise UserError(f"{path}: is a symbolic link, which is never followed here") from None
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        verb = "written" if flags & (os.O_WRONLY | os.O_RDWR) else "read"
+        raise UserError(f"{path}: cannot be {verb} ({error.strerror})") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path}: is not a plain file")
     return descriptor
 
 
-def read_bounded(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+def read_bounded(path: Path, limit: int = MAX_JSON_BYTES, *, follow_links: bool = False) -> bytes:
     """All bytes of a plain file of at most `limit` bytes."""
-    descriptor = open_plain(path)
-    try:
-        size = os.fstat(descriptor).st_size
+    with open(open_plain(path, follow_links=follow_links), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise UserError(f"{path}: {size} bytes, more than the {limit} such a file may have")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
+        try:
             return file.read(limit)
-    finally:
-        os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def parse_json_object(data: bytes, place: object) -> dict[str, Any]:
-    """A JSON object from bytes; anything else, a key given twice and endless nesting are a UserError at `place`."""
+def parse_json(data: bytes, place: object) -> Any:
+    """The JSON value in `data`. UserError at `place` for anything else.
+
+    That includes a key given twice, NaN, nesting that is too deep and a number of more than 100 digits.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -98,33 +108,40 @@ def parse_json_object(data: bytes, place: object) -> dict[str, Any]:
             raise ValueError("a key is given twice")
         return found
 
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    def whole_number(text: str) -> int:
+        if len(text) > 100:  # transformers writes 10^30 for "no limit"; more than 10^308 is not even a float
+            raise ValueError(f"a number of {len(text)} digits")
+        return int(text)
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse, parse_int=whole_number
+        )
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        raise UserError(f"{place}: is not the JSON that was written ({brief(error)})") from None
+        raise UserError(f"{place}: is not valid JSON ({str(error)[:200]})") from None
+
+
+def parse_json_object(data: bytes, place: object) -> dict[str, Any]:
+    """The JSON object in `data`; UserError at `place` where it is anything else."""
+    value = parse_json(data, place)
     if not isinstance(value, dict):
-        raise UserError(f"{place}: holds a JSON {type(value).__name__}, not an object")
+        raise UserError(f"{place}: is not a JSON object")
     return value
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+def read_json_object(path: Path, remedy: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file that the user has named; a UserError that ends with `remedy` where it holds none.
 
-    Symbolic links are followed, as in the hub's cache; pipes, endless files and endless nesting are refused.
+    Symbolic links are followed, as in the hub's cache. FileNotFoundError where there is no file: callers know why.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no plain file; {remedy}")
+    path.stat()
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: has more than the {MAX_JSON_BYTES} bytes such a file may have; {remedy}")
-        values = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON and giant integers are ValueErrors
-        raise UserError(f"{path}: is no JSON ({error}); {remedy}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is no JSON object; {remedy}")
-    return values
+        return parse_json_object(read_bounded(path, limit, follow_links=True), path)
+    except UserError as error:
+        raise UserError(*(f"{problem}; {remedy}" for problem in error.problems)) from None
 
 
 def brief(error: Exception) -> str:
@@ -145,61 +162,62 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def create_file(path: Path) -> int:
+    """A descriptor of a new, empty file at `path`, with the mode that the umask gives; the caller closes it.
+
+    A file, pipe or symbolic link that stands there is removed and never opened; OSError for a folder.
+    """
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            path.unlink(missing_ok=True)
+
+
 def write_file(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file where nobody looks yet, and have it on the disk when this returns if `durable`."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(descriptor, data)
+    """Write a new file where nobody looks yet, and have it on the disk when this returns if `durable`."""
+    with open(create_file(path), "wb", buffering=0) as file:
+        write_all(file.fileno(), data)
         if durable:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            os.fsync(file.fileno())
 
 
-def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Put `data` at `path`, whole or not at all and, if `durable`, on the disk when this returns."""
+@contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of `path` when the block ends well, and is removed otherwise."""
     beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
-        write_file(beside, data, durable=durable)
+        with open(create_file(beside), "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # what has failed is more important
+            beside.unlink()
         raise
     if durable:
         sync_folder(path.parent)
 
 
-@contextmanager
-def replacement(folder: Path) -> Iterator[Path]:
-    """Where to make a folder that, durable, takes the place of `folder` once the block has ended well.
+def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Put `data` at `path`, whole or not at all and, if `durable`, on the disk when this returns."""
+    with whole_file(path, durable=durable) as file:
+        file.write(data)
 
-    Killed in the midst of it, what is at `folder` is the old one, the new one, or what `put_back` puts there.
-    """
-    put_back(folder)
-    work, old = _beside(folder, "new"), _beside(folder, "old")
-    shutil.rmtree(work, ignore_errors=True)
+
+def remove_folder(path: Path) -> bool:
+    """Delete a folder (or file) that is no longer needed; where that fails, False and a `warning:` line."""
     try:
-        yield work
-        _finish_files(work)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def put_back(folder: Path) -> None:
-    """Undo what a launch that was killed between the two renames of `replacement` has left."""
-    old = _beside(folder, "old")
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}-{what}")
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return True
+    except OSError as error:
+        warn(f"{path}: cannot be removed ({error}); remove it by hand")
+        return False
 
 
 def json_line(values: Mapping[str, Any]) -> bytes:
@@ -226,56 +244,64 @@ def _finite(value: Any, place: str, notes: list[str]) -> Any:
 def partial_folder(out: Path) -> Iterator[Path]:
     """A work folder `OUT.partial-LAUNCH` for making `out`, gone when the block ends, however it ends.
 
-    It is locked as long as this process lives, so those that dead launches left (killed, power lost) are
-    told from that of a living one: the first are removed with a line, the second is a `UserError`.
+    Call `publish` in the block. The folder is locked as long as this process lives, so those that dead launches left
+    (killed, power lost) are told from that of a living one: the first are removed with a line, the second is a
+    `UserError`.
     """
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for other in sorted(glob.glob(f"{glob.escape(str(out))}.partial-*")):
-            _remove_stale(Path(other), out)
+        remove_partial(out)
         folder = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
         folder.mkdir()
     except OSError as error:
-        raise UserError(f"{out}: can't be made there ({error.strerror}); give another --out") from None
+        raise UserError(f"{out}: can't be made there ({error.strerror}); choose another place") from None
     try:
-        with open(folder / "lock", "w") as lock:
+        with open(create_file(folder / "lock"), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
     finally:
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
-def _remove_stale(folder: Path, out: Path) -> None:
-    try:
-        with open(folder / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        pass  # died before it had locked anything
-    except BlockingIOError:
-        raise UserError(
-            f"{out}: another launch is making it ({folder.name}); wait for it or give another --out"
-        ) from None
-    shutil.rmtree(folder)
-    print(f"{folder}: left by a launch that died, removed", flush=True)
+def remove_partial(out: Path) -> None:
+    """Remove what launches that died have left of making `out`, and put `out` back where one was replacing it."""
+    for folder in sorted(map(Path, glob.glob(f"{glob.escape(str(out))}.partial-*"))):
+        with suppress(FileNotFoundError):  # died before it had locked anything, or another launch has removed it
+            with open(os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"{out}: another launch is making it ({folder.name}); wait for it or choose another place"
+                    ) from None
+                if (folder / REPLACED).exists() and not out.exists():
+                    os.rename(folder / REPLACED, out)
+                    print(f"{out}: put back; a launch died while it was replacing it", flush=True)
+        if folder.exists() and remove_folder(folder):
+            print(f"{folder}: left by a launch that died, removed", flush=True)
 
 
 def publish(made: Path, out: Path, *, replace: bool = False) -> None:
-    """Rename the finished folder `made` to `out`, durably; with `replace` a folder there goes into `made`'s parent."""
-    _finish_files(made)
+    """Rename the finished folder `made`, in a `partial_folder`, to `out`, durably.
+
+    With `replace` an older folder there goes; killed in the midst of it, the next launch finds the old one or the
+    new one. Files get the mode that the umask gives, for some libraries write them with 0600.
+    """
+    mode = 0o666 & ~_umask()
+    for folder, _, names in os.walk(made):
+        for name in names:
+            with open(open_plain(Path(folder, name)), "rb") as file:
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+        sync_folder(folder)
     if replace and out.exists():
-        out.rename(made.parent / "replaced")
+        out.rename(made.parent / REPLACED)
     made.rename(out)
     sync_folder(out.absolute().parent)
 
 
-def _finish_files(made: Path) -> None:
-    """Make all files of a folder durable, and readable as any new file is: safetensors gives its own mode 0600."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    for folder, _, names in os.walk(made):
-        for name in names:
-            with open(Path(folder, name), "rb") as file:
-                os.fchmod(file.fileno(), 0o666 & ~mask)
-                os.fsync(file.fileno())
-        sync_folder(folder)
+def _umask() -> int:
+    """This process's umask, read and not set: os.umask would change it for the other threads meanwhile."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("Umask:")[2].split()[0], 8)

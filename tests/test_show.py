@@ -183,7 +183,7 @@ def test_what_is_asked_for_wrongly(tmp_path: Path, corpus_folder: Path, capsys) 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{", "is not the JSON that was written"),
+        ("{", "is not valid JSON"),
         ('{"mixture": 3}', "holds no mixture and recipe; passed over"),
         ('{"mixture": 3, "recipe": {}}', "is no JSON object; go on from an older checkpoint; passed over"),
     ],

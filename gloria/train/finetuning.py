@@ -23,7 +23,7 @@ from gloria.dist.sharding import build_mesh, precision_and_reason
 from gloria.dist.signals import ASKED
 from gloria.dist.step_sums import StepSums
 from gloria.errors import UserError
-from gloria.files import parse_json_object, put_back, read_bounded
+from gloria.files import parse_json_object, read_bounded, remove_partial
 from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
 from gloria.tasks.examples import Example
@@ -152,7 +152,7 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
     config, train = plan.config, plan.config.train
     with opening(config, process) as watch:
         resume_step = lock_and_choose(config, process, folder, watch)
-        rank0_decides(process, lambda: put_back(folder / MODEL) or 0)
+        rank0_decides(process, lambda: remove_partial(folder / MODEL) or 0)
         mesh = build_mesh(process, config.dist.replicas)
         precision, why = precision_and_reason(train.precision, process.device)
         require_same(process, {"train.precision": precision})

@@ -171,14 +171,14 @@ def test_a_manifest_of_another_kind(corpus: Path) -> None:
     change(corpus, lambda values: values.update(format=2, more="of the future"))
     assert problems_of(open_corpus, corpus) == [f"{path}: format is 2, and this version reads 1{AGAIN}"]
     path.write_text("[]")
-    assert problems_of(open_corpus, corpus) == [f"{path}: is no JSON object{AGAIN}"]
+    assert problems_of(open_corpus, corpus) == [f"{path}: is not a JSON object{AGAIN}"]
     path.write_text('{"format": 1,')
     assert problems_of(open_corpus, corpus) == [
-        f"{path}: is no JSON (Expecting property name enclosed in double quotes: line 1 column 14 (char 13)){AGAIN}"
+        f"{path}: is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 14 (char 13)){AGAIN}"
     ]
     path.write_bytes(b"\xff\xfe")
     assert problems_of(open_corpus, corpus) == [
-        f"{path}: is no JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte){AGAIN}"
+        f"{path}: is not valid JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte){AGAIN}"
     ]
 
 

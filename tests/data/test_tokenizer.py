@@ -402,12 +402,12 @@ def test_errors_of_a_folder(folders, tmp_path: Path) -> None:
     shutil.copytree(folders["bpe"], broken)
     (broken / "tokenizer_config.json").write_text("{")
     assert error_of(load_tokenizer, broken) == (
-        f"{broken}/tokenizer_config.json: is no JSON (Expecting property name enclosed in double quotes: "
+        f"{broken}/tokenizer_config.json: is not valid JSON (Expecting property name enclosed in double quotes: "
         "line 1 column 2 (char 1)); save the tokenizer again"
     )
     (broken / "tokenizer_config.json").write_text("[]")
     assert error_of(load_tokenizer, broken) == (
-        f"{broken}/tokenizer_config.json: is no JSON object; save the tokenizer again"
+        f"{broken}/tokenizer_config.json: is not a JSON object; save the tokenizer again"
     )
     (broken / "tokenizer.json").write_text("{}")
     assert error_of(load_tokenizer, broken).startswith(f"{broken}/tokenizer.json: is no tokenizer (")

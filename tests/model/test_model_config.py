@@ -227,15 +227,15 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path) -> None:
 
     assert problem() == f"{path}: no such file; give a Hugging Face folder, which has one"
     os.mkfifo(path)
-    assert problem() == f"{path}: is no plain file; copy the folder again"
+    assert problem() == f"{path}: is not a plain file; copy the folder again"
     path.unlink()
     for content, reason in {
-        b'{"model_type": ': "is no JSON (Expecting value: line 1 column 16 (char 15))",
-        b"[]": "is no JSON object",
-        b'{"a": ' + b"[" * 100_000: "is no JSON (maximum recursion depth exceeded",
-        b'{"num_layers": ' + b"9" * 5000 + b"}": "is no JSON (Exceeds the limit",
-        b"\xff\xfe": "is no JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte)",
-        b" " * (1 + MAX_JSON_BYTES): "has more than the 16777216 bytes such a file may have",
+        b'{"model_type": ': "is not valid JSON (Expecting value: line 1 column 16 (char 15))",
+        b"[]": "is not a JSON object",
+        b'{"a": ' + b"[" * 100_000: "is not valid JSON (maximum recursion depth exceeded",
+        b'{"num_layers": ' + b"9" * 5000 + b"}": "is not valid JSON (a number of 5000 digits)",
+        b"\xff\xfe": "is not valid JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte)",
+        b" " * (1 + MAX_JSON_BYTES): "16777217 bytes, more than the 16777216 such a file may have",
     }.items():
         path.write_bytes(content)
         assert problem().startswith(f"{path}: {reason}")

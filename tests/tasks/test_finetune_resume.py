@@ -191,10 +191,12 @@ def test_a_kill_between_the_two_renames_of_the_best_model_costs_nothing(assin, n
     stop_behind(monkeypatch, 6)
     assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
     monkeypatch.undo()
-    (run / "model").rename(run / ".model-old")
+    (run / "model.partial-dead").mkdir()
+    (run / "model.partial-dead" / "lock").touch()
+    (run / "model").rename(run / "model.partial-dead" / "replaced")
     assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
     assert_same_end(run, whole)
-    assert not (run / ".model-old").exists()
+    assert not (run / "model.partial-dead").exists()
 
 
 @pytest.mark.parametrize("examples", ["selection", "dev", "test"])

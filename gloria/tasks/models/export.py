@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gloria.files import replacement
+from gloria.files import partial_folder, publish
 from gloria.tasks.models.encode import Row, Template, collate, read_template
 from gloria.tasks.models.finetuned import HEAD, FinetunedModel, load_tuned
 from gloria.tasks.models.heads import SCORE, SPAN
@@ -46,8 +46,9 @@ def export_head(folder: Path, out: Path) -> str:
     Where no class of transformers gives the same logits, the line begins with "none: ", and there is no folder.
     """
     try:
-        with replacement(out) as work:
-            name, difference = _write(load_tuned(folder, torch.device("cpu")), folder, work)
+        with partial_folder(out) as work:
+            name, difference = _write(load_tuned(folder, torch.device("cpu")), folder, work / out.name)
+            publish(work / out.name, out, replace=True)
     except CannotExport as reason:
         return f"none: {reason}"
     return f"{out}: {name}, its logits differ from ours by {difference:.1g} at most"

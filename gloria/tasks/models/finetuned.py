@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.files import parse_json_object, read_bounded, replacement, to_json
+from gloria.files import parse_json_object, partial_folder, publish, read_bounded, to_json
 from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example, PairPrediction, Prediction, SpanPrediction
 from gloria.tasks.models.backbones import load_model, save_model
@@ -182,10 +182,12 @@ def save_tuned(tuned: FinetunedModel, state: dict[str, Tensor], folder: Path, ex
     """Write the folder, in the place of an older one; for one rank. `extra` goes into task.json."""
     body = {key.removeprefix("backbone.body."): value for key, value in state.items() if key.startswith("backbone.")}
     heads = {key.removeprefix("heads."): value.contiguous() for key, value in state.items() if key.startswith("heads.")}
-    with replacement(folder) as work:
-        save_model(tuned.model.backbone, body, tuned.tokenizer, work, "float32")
-        save_file(heads, work / HEAD)
-        (work / TASK).write_bytes(to_json({"format": FORMAT, **asdict(tuned.inputs), **extra}))
+    with partial_folder(folder) as work:
+        made = work / folder.name
+        save_model(tuned.model.backbone, body, tuned.tokenizer, made, "float32")
+        save_file(heads, made / HEAD)
+        (made / TASK).write_bytes(to_json({"format": FORMAT, **asdict(tuned.inputs), **extra}))
+        publish(made, folder, replace=True)
 
 
 def is_tuned(folder: str | Path) -> bool:
