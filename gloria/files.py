@@ -99,7 +99,7 @@ def read_bounded(path: Path, limit: int = MAX_JSON_BYTES, *, follow_links: bool 
 def parse_json(data: bytes, place: object) -> Any:
     """The JSON value in `data`. UserError at `place` for anything else.
 
-    That includes a key given twice, NaN, nesting that is too deep and a number of more than 100 digits.
+    That includes a key given twice, nesting that is too deep and a number of more than 100 digits.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,18 +108,13 @@ def parse_json(data: bytes, place: object) -> Any:
             raise ValueError("a key is given twice")
         return found
 
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is not JSON")
-
     def whole_number(text: str) -> int:
         if len(text) > 100:  # transformers writes 10^30 for "no limit"; more than 10^308 is not even a float
             raise ValueError(f"a number of {len(text)} digits")
         return int(text)
 
     try:
-        return json.loads(
-            data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse, parse_int=whole_number
-        )
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_int=whole_number)
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise UserError(f"{place}: is not valid JSON ({str(error)[:200]})") from None
 
@@ -267,8 +262,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
 def remove_partial(out: Path) -> None:
     """Remove what launches that died have left of making `out`, and put `out` back where one was replacing it."""
     for folder in sorted(map(Path, glob.glob(f"{glob.escape(str(out))}.partial-*"))):
-        with suppress(FileNotFoundError):  # died before it had locked anything, or another launch has removed it
-            with open(os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as lock:
+        # No lock: it died before it had locked anything, or another launch has removed it.
+        if (folder / "lock").exists():
+            with open(open_plain(folder / "lock", os.O_RDWR)) as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

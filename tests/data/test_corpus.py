@@ -174,7 +174,8 @@ def test_a_manifest_of_another_kind(corpus: Path) -> None:
     assert problems_of(open_corpus, corpus) == [f"{path}: is not a JSON object{AGAIN}"]
     path.write_text('{"format": 1,')
     assert problems_of(open_corpus, corpus) == [
-        f"{path}: is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 14 (char 13)){AGAIN}"
+        f"{path}: is not valid JSON (Expecting property name enclosed in double quotes: "
+        f"line 1 column 14 (char 13)){AGAIN}"
     ]
     path.write_bytes(b"\xff\xfe")
     assert problems_of(open_corpus, corpus) == [

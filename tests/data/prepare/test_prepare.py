@@ -452,7 +452,9 @@ def test_two_launches_on_one_corpus(tmp_path: Path, tokenizer: str) -> None:
     recipe, out = write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out"
     with partial_folder(out) as work, pytest.raises(UserError) as error:
         run(recipe, out)
-    assert str(error.value) == (f"{out}: another launch is making it ({work.name}); wait for it or choose another place")
+    assert str(error.value) == (
+        f"{out}: another launch is making it ({work.name}); wait for it or choose another place"
+    )
     run(recipe, out)
 
 
