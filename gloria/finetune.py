@@ -44,7 +44,7 @@ def check(argv: list[str] | None) -> tuple[FinetuneConfig, Task, Path, list[Exam
 
 
 if __name__ == "__main__":
-    # Before torch is imported (seconds): a stop signal is kept from here on, and a wrong recipe is told at once.
+    # Before torch is imported (seconds): a stop signal is kept from here on, and recipe errors are reported at once.
     install_stop_handlers()
     checked = []
     if status := run_command(lambda argv: checked.append(check(argv)), sys.argv[1:], stop_reason):

@@ -1,6 +1,6 @@
 """The recipe of a pre-training run: the rooms' sections as one tree, checked as a whole and put in numbers.
 
-Imports no torch, so that a wrong recipe is told at once and `--dry-run` needs no GPU.
+Imports no torch, so that recipe errors are reported at once and `--dry-run` needs no GPU.
 """
 
 from __future__ import annotations
@@ -280,15 +280,14 @@ def _repeats(config: PretrainConfig, mixture: Mixture, total_steps: int) -> list
         return []
     windows = {name: mixture.sources[name].windows(config.train.sequence_length) for name in mixture.names}
     weights = weights_within(dict(zip(mixture.names, mixture.stages[-1].weights)), windows, samples)
-    told = "and above 4 they teach little"
     if weights is None:
         name = max(over, key=over.__getitem__)
         return [
-            f'up to {over[name]:.1f} epochs (source "{name}"), {told}: {samples:,} windows are asked of '
-            f"{sum(windows.values()):,}, so no weights avoid it; shorten the run or find more text"
+            f'up to {over[name]:.1f} epochs (source "{name}"): the run needs {samples:,} windows, there are '
+            f"{sum(windows.values()):,}; reweighting can't help: shorten the run or find more text"
         ]
     return [
-        f'source "{name}": {passes:.1f} epochs, {told}; set data.weights.{name} to {weights[name]:.4g} to avoid it'
+        f'source "{name}": {passes:.1f} epochs (above 4 they teach little); set data.weights.{name} to {weights[name]:.4g} to avoid it'
         for name, passes in over.items()
     ]
 

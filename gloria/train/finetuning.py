@@ -281,7 +281,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
 
 
 def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig, seed: int) -> list[str]:
-    """A line for each key that makes the run in the folder, of which `before` tells, another one than is asked for."""
+    """A line for each key in which the folder's run, as `before` records it, differs from the recipe."""
     old = flatten(before["recipe"]) | {"run.seeds": before["seed"]}
     new = flatten(to_mapping(config)) | {"run.seeds": seed}
     return [

@@ -124,7 +124,7 @@ class RunLog:
             self.bar.update(step - self.bar.n)
 
     def sync(self) -> None:
-        """Make all lines so far survive a power loss: before a checkpoint, which would go on behind them."""
+        """Make all lines so far survive a power loss. Called before a checkpoint, from which the run goes on."""
         os.fsync(self.file.fileno())
         if self.board is not None:
             self.board.flush()

@@ -187,7 +187,7 @@ def begin_log(run: Run, changes: Sequence[str]) -> None:
 
 
 def close_run(run: Run, status: str, reason: str = "") -> None:
-    """Wait for the other ranks, then write the run's last event and status, and let go of its folder."""
+    """Wait for the other ranks, then write the run's last event and status, and release its folder."""
     run.watch.beat(run.step, "end", slow=True)
     run.objective.close()
     dist.barrier()

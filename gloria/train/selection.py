@@ -19,21 +19,21 @@ from gloria.tasks.submissions import save_predictions
 from gloria.train.run import Run
 
 
-class AskedToStop(Exception):
-    """Some rank has been asked to stop: raised on all of them, between two batches."""
+class StopRequested(Exception):
+    """A stop was requested on some rank: raised on all of them, between two batches."""
 
 
 def choose(run: Run) -> bool:
     """Score the set that chooses the model, and keep the model where it is the best so far.
 
-    False, and nothing is chosen, where the run is asked to stop meanwhile.
+    False, and nothing is chosen, where a stop is requested meanwhile.
     """
     objective, task = run.objective, run.objective.plan.task
     selection, finetuned = objective.plan.selection, objective.finetuned
     run.watch.beat(run.step, "validation", slow=True)
     try:
         found, _ = predict(finetuned, selection, run.config.eval.batch, run.process, _go_on(run, "validation"))
-    except AskedToStop:
+    except StopRequested:
         return False
     scores = score(task, selection, found, resamples=0)
     values = {name: value.value for name, value in scores.items()}
@@ -56,7 +56,7 @@ def _go_on(run: Run, phase: str) -> Callable[[], None]:
 
     def before_batch() -> None:
         if on_any_rank(bool(stop_reason())):
-            raise AskedToStop
+            raise StopRequested
         run.watch.beat(run.step, phase, slow=True)
 
     return before_batch
@@ -71,7 +71,7 @@ def _keep_best(run: Run, state: dict[str, Tensor]) -> int:
 def score_best(run: Run) -> bool:
     """Load the best model as anybody would, score the sets that are reported, each once, and export it.
 
-    False, and there are no results, where the run is asked to stop meanwhile.
+    False, and there are no results, where a stop is requested meanwhile.
     """
     run.watch.beat(run.step, "end", slow=True)
     plan, process = run.objective.plan, run.process
@@ -84,7 +84,7 @@ def score_best(run: Run) -> bool:
     for split, read in zip(splits, reads):
         try:
             found, encoded = predict(tuned, read.examples, run.config.eval.batch, process, _go_on(run, "end"))
-        except AskedToStop:
+        except StopRequested:
             return False
         run.watch.beat(run.step, "end", slow=True)
         if process.is_main:

@@ -247,7 +247,7 @@ def test_the_plan_says_what_the_recipe_amounts_to(monkeypatch: pytest.MonkeyPatc
     assert plan.weights == {"ptwiki": 0.25, "europarl": 0.25, "oscar": 0.5}
     assert plan.epochs == pytest.approx({"ptwiki": 240 / 100, "europarl": 240 / 31, "oscar": 480 / 203}, rel=0.02)
     assert plan.warnings == (
-        'source "europarl": 7.7 epochs, and above 4 they teach little; set data.weights.europarl to 0.1112 to avoid it',
+        'source "europarl": 7.7 epochs (above 4 they teach little); set data.weights.europarl to 0.1112 to avoid it',
         'source "oscar" has no validation: its 10 held-out tokens hold no window of 32 + 1',
     )
     text = describe(config, plan, "fp16", "T4 has no bf16")
@@ -268,8 +268,7 @@ def test_weights_that_no_choice_can_save_are_told_once() -> None:
     (line, *_) = plan_run(read("--train.steps", "400")).warnings
     assert line.startswith("up to 77.")
     assert line.endswith(
-        "and above 4 they teach little: 9,600 windows are asked of 334, so no weights avoid it; "
-        "shorten the run or find more text"
+        "the run needs 9,600 windows, there are 334; reweighting can't help: shorten the run or find more text"
     )
 
 
