@@ -287,7 +287,8 @@ def _repeats(config: PretrainConfig, mixture: Mixture, total_steps: int) -> list
             f"{sum(windows.values()):,}; reweighting can't help: shorten the run or find more text"
         ]
     return [
-        f'source "{name}": {passes:.1f} epochs (above 4 they teach little); set data.weights.{name} to {weights[name]:.4g} to avoid it'
+        f'source "{name}": {passes:.1f} epochs (above 4 they teach little); set data.weights.{name} to '
+        f"{weights[name]:.4g} to avoid it"
         for name, passes in over.items()
     ]
 

@@ -5,7 +5,6 @@ Imports torch for TensorBoard alone, and only where that is on.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 
 from gloria.config.cli import option
 from gloria.errors import UserError
-from gloria.files import json_line
+from gloria.files import json_line, open_plain, parse_json_object, whole_file
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def open_log(
     console = console or sys.stdout
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
-    existed = path.exists()
+    existed = os.path.lexists(path)
     shown = f"{'resumed from' if existed else 'started at'} step {step}"
     if existed:
         later, torn = _take_out_later_lines(path, step, step if evaluated_step is None else evaluated_step)
@@ -177,7 +176,8 @@ def open_log(
             shown += f"; {later} lines of later steps are taken out of {path.name}"
         if torn:
             shown += f"; {torn} damaged lines are taken out of {path.name}"
-    log = RunLog(file=path.open("ab", buffering=0), console=console)
+    descriptor = open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    log = RunLog(file=os.fdopen(descriptor, "ab", buffering=0), console=console)
     if config.tensorboard:
         log.board = _open_tensorboard(folder / "tensorboard", step)
     if console.isatty():
@@ -191,28 +191,28 @@ def open_log(
 
 def _take_out_later_lines(path: Path, step: int, evaluated_step: int) -> tuple[int, int]:
     """Remove train lines after `step`, valid lines after `evaluated_step`, and what is no JSON: (later, torn) lines."""
-    later = torn = 0
-    whole = True  # the last line kept has its newline
-    temporary = path.with_name(f"{path.name}.tmp")
-    with path.open("rb") as old, temporary.open("wb") as new:
-        for line in old:
-            try:
-                values = json.loads(line)
-                kind, line_step = values["kind"], int(values["step"])
-            except (ValueError, TypeError, KeyError, RecursionError):
-                torn += 1
-                continue
-            if kind != "event" and line_step > (evaluated_step if kind == "valid" else step):
-                later += 1
-                continue
-            whole = line.endswith(b"\n")
-            new.write(line if whole else line + b"\n")
-        new.flush()
-        os.fsync(new.fileno())
-    if later or torn or not whole:
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
+
+    def verdict(line: bytes) -> str:
+        try:
+            values = parse_json_object(line, path)
+            kind, line_step = values["kind"], int(values["step"])
+        except (UserError, ValueError, TypeError, KeyError):
+            return "torn"
+        later = kind != "event" and line_step > (evaluated_step if kind == "valid" else step)
+        return "later" if later else "kept"
+
+    with open(open_plain(path), "rb") as old:
+        verdicts, last = [], b"\n"
+        for last in old:
+            verdicts.append(verdict(last))
+        later, torn = verdicts.count("later"), verdicts.count("torn")
+        if later == torn == 0 and last.endswith(b"\n"):
+            return 0, 0
+        old.seek(0)
+        with whole_file(path) as new:
+            for line, found in zip(old, verdicts):
+                if found == "kept":
+                    new.write(line if line.endswith(b"\n") else line + b"\n")
     return later, torn
 
 

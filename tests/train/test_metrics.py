@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gloria.errors import UserError
 from gloria.train.metrics import LogConfig, json_line, open_log, perplexity, short_number
 
 QUIET = LogConfig(tensorboard=False)
@@ -125,6 +127,18 @@ def test_a_torn_last_line_is_mended_at_the_next_start(tmp_path: Path, tail: byte
     open_log(tmp_path, 10, 100, QUIET, io.StringIO()).close()
     assert len(lines(tmp_path)) == kept + 1
     assert lines(tmp_path)[-1]["torn_lines_removed"] == torn
+
+
+def test_what_stands_at_the_logs_place_is_neither_followed_nor_waited_for(tmp_path: Path) -> None:
+    """A link planted in a run folder must not let a run write through it."""
+    other, log = tmp_path / "other", tmp_path / "metrics.jsonl"
+    other.write_text("precious\n")
+    for plant in (lambda: log.symlink_to(other), lambda: os.mkfifo(log), log.mkdir):
+        plant()
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            open_log(tmp_path, 0, 100, QUIET, io.StringIO())
+        log.rmdir() if log.is_dir() and not log.is_symlink() else log.unlink()
+    assert other.read_text() == "precious\n"
 
 
 def test_every_line_is_in_the_file_at_once(tmp_path: Path) -> None:
