@@ -22,6 +22,7 @@ from gloria.errors import run_command
 from gloria.files import hash_file
 from gloria.pretrain import main
 from gloria.train.metrics import RunLog
+from gloria.train.pretraining import Pretraining
 from tests.launch import SMALL, flags, losses, metrics
 
 
@@ -141,6 +142,23 @@ def test_validation_means_the_same_before_and_after_a_change_of_weights(recipe, 
     for line in lines:
         mean = sum(line["weights"][name] * loss for name, loss in line["sources"].items())
         assert line["loss"] == pytest.approx(mean / sum(line["weights"].values()))
+
+
+def test_a_metric_of_ones_own_is_one_place(recipe, tmp_path, monkeypatch):
+    """A sum that the objective returns by name is a mean over tokens in the log, however the batch is cut."""
+    honest = Pretraining.row_losses
+
+    def row_losses(self: Pretraining, run: Any, part: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return honest(self, run, part)[0], {"even_tokens": (part[:, 1:] % 2 == 0).sum()}
+
+    monkeypatch.setattr(Pretraining, "row_losses", row_losses)
+    shares = []
+    for micro_batch in (3, 12):
+        folder = tmp_path / str(micro_batch)
+        assert main(flags(recipe, train__steps=2, train__micro_batch=micro_batch, run__dir=folder)) == 0
+        shares.append([line["even_tokens"] for line in metrics(folder, "train")])
+    assert shares[0] == shares[1]
+    assert all(0.1 < share < 0.9 for share in shares[0])
 
 
 def test_a_run_records_its_versions_its_changes_and_when(recipe, tmp_path):

@@ -192,7 +192,9 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     run.objective.close()
     dist.barrier()
     if run.log and not run.claim.lost:
-        run.log.event(run.step, status, **({"reason": reason} if reason else {}))
+        shown = f"{status} at step {run.step}{': ' if reason else ''}{reason}"
+        shown += "; the same command goes on from here" if status == "stopped" else ""
+        run.log.event(run.step, status, shown, **({"reason": reason} if reason else {}))
     if run.log:
         run.log.close()
     if run.claim:
