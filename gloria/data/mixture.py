@@ -46,8 +46,8 @@ class MixtureConfig:
     )
     skip_samples: str = option(
         "",
-        "A:B leaves the samples from A to before B out, as a run numbers them that has not left them out yet; with "
-        "run.resume = STEP it takes a run around them",
+        "A:B leaves out the samples from A to before B, numbered as in the run without this gap; with run.resume = "
+        "STEP a run skips bad data",
     )
     max_epochs: float | None = option(
         None,
@@ -157,21 +157,23 @@ class Mixture:
     def leave_out(self, samples: range) -> list[str]:
         """From sample `samples.start` on go on as if from `samples.stop`; all other samples keep their order.
 
-        Returns the lines that tell it, none if it was done before (a state remembers). Raises `UserError` where the
-        run is already further, or where that part of its order is settled.
+        Samples count as in this run, but for a gap that begins at `samples.start` already: it is made as long as
+        `samples`, so that a command gives the same run however often it is repeated. Returns a line for what changes,
+        or for a gap that was longer. Raises `UserError` where the run is further, or has a later gap or other weights.
         """
-        if samples in self.left_out:
-            return []
         start, last = samples.start, self.stages[-1]
         key = f"data.skip_samples: {start}:{samples.stop}"
+        present = next((gap for gap in self.left_out if gap.start == start), range(start, start))
+        if len(present) >= len(samples):
+            return [] if present == samples else [f"{key}: {start}:{present.stop} are left out already, and stay so"]
         if start < self.next_sample:
             raise UserError(
-                f"{key}: the run goes on from sample {self.next_sample}; go back with run.resume to a checkpoint of "
+                f"{key}: the run continues at sample {self.next_sample}; go back with run.resume to a checkpoint of "
                 f"step {self.step_of_sample(start)} or before"
             )
         if start < last.start:
-            raise UserError(f"{key}: other samples are left out, or weights change, from {last.start} on; begin there")
-        drawn = last.draw_of(start) + len(samples)
+            raise UserError(f"{key}: samples are left out, or weights change, at {last.start}; begin there or later")
+        drawn = last.draw_of(start) + len(samples) - len(present)
         if start == last.start:
             self.stages = (*self.stages[:-1], replace(last, drawn=drawn))
         else:

@@ -23,14 +23,16 @@ def saved(mixture: Mixture) -> dict[str, Any]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(gaps=st.lists(st.tuples(st.integers(0, 2500), st.integers(1, 1500)), min_size=1, max_size=3))
+@given(
+    gaps=st.lists(
+        st.tuples(st.integers(0, 2500), st.integers(1, 1500)), min_size=1, max_size=3, unique_by=lambda gap: gap[0]
+    )
+)
 def test_all_other_samples_come_as_they_would_have(gaps: list[tuple[int, int]]) -> None:
     """Against a list from which the samples are cut out; counts against counting; and the state says it all."""
     order = listed(mixture_of(WINDOWS, WEIGHTS), 0, 9000)
     mixture = mixture_of(WINDOWS, WEIGHTS)
     for start, length in sorted(gaps):
-        if range(start, start + length) in mixture.left_out:
-            continue
         assert len(mixture.leave_out(range(start, start + length))) == 1
         del order[start : start + length]
     for one in (mixture, mixture_from_state(saved(mixture))):
@@ -69,20 +71,62 @@ def test_a_run_that_goes_on_keeps_them_out_and_asks_no_second_time() -> None:
         assert resumed.state_dict() == mixture.state_dict()
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from([100, 120, 150, 300]), st.sampled_from([20, 50, 100, 150])), min_size=1, max_size=5
+    )
+)
+def test_requests_that_repeat_or_overlap_leave_out_what_the_longest_of_each_start_does(
+    requests: list[tuple[int, int]],
+) -> None:
+    """100:150 and then 100:200, twice, left out 100:350: a gap is as long as its longest request, in any order."""
+    mixture, longest = mixture_of(WINDOWS, WEIGHTS), {}
+    for start, length in requests:
+        if start < max(longest, default=0) and length > longest.get(start, 0):
+            with pytest.raises(UserError, match="begin there or later"):
+                mixture.leave_out(range(start, start + length))
+            continue
+        changes = mixture.leave_out(range(start, start + length))
+        assert len(changes) == (length != longest.get(start))  # one that is shorter than the gap is reported, too
+        longest[start] = max(length, longest.get(start, 0))
+        assert mixture.leave_out(range(start, start + longest[start])) == []
+    assert mixture.left_out == tuple(range(start, start + length) for start, length in sorted(longest.items()))
+    once = mixture_of(WINDOWS, WEIGHTS)
+    for start, length in sorted(longest.items()):
+        once.leave_out(range(start, start + length))
+    assert once.state_dict() == mixture.state_dict()
+
+
+def test_a_gap_grows_where_other_weights_begin() -> None:
+    """There the stage that begins is no gap, and what is left out at it is counted apart."""
+    mixture = mixture_of(WINDOWS, WEIGHTS)
+    mixture.begin_stage(240, LATER)
+    order = listed(mixture, 0, 1000)
+    mixture.leave_out(range(240, 250))
+    assert mixture.leave_out(range(240, 280)) == [
+        "data.skip_samples: 240:280: left out from step 10 on; sample 240 is what was 280"
+    ]
+    assert mixture.leave_out(range(240, 260)) == [
+        "data.skip_samples: 240:260: 240:280 are left out already, and stay so"
+    ]
+    assert listed(mixture, 0, 900) == order[:240] + order[280:940]
+
+
 def test_samples_behind_a_run_cannot_be_left_out() -> None:
     mixture = mixture_of(WINDOWS, WEIGHTS)
     mixture.next_sample = 480
     with pytest.raises(UserError) as caught:
         mixture.leave_out(range(250, 300))
     assert caught.value.problems == (
-        "data.skip_samples: 250:300: the run goes on from sample 480; go back with run.resume to a checkpoint of step "
-        "10 or before",
+        "data.skip_samples: 250:300: the run continues at sample 480; go back with run.resume to a checkpoint of "
+        "step 10 or before",
     )
     mixture.leave_out(range(960, 961))
     with pytest.raises(UserError) as caught:
         mixture.leave_out(range(500, 510))
     assert caught.value.problems == (
-        "data.skip_samples: 500:510: other samples are left out, or weights change, from 960 on; begin there",
+        "data.skip_samples: 500:510: samples are left out, or weights change, at 960; begin there or later",
     )
 
 

@@ -68,6 +68,6 @@ def test_samples_that_were_trained_are_not_left_out_afterwards(recipe, tmp_path,
     assert main(flags(recipe)) == 0
     assert run_command(main, flags(recipe, train__steps=15, data__skip_samples="65:90")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: --data.skip_samples: 65:90: the run goes on from sample 144; go back with run.resume to a checkpoint "
+        "error: --data.skip_samples: 65:90: the run continues at sample 144; go back with run.resume to a checkpoint "
         "of step 5 or before"
     )
