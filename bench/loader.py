@@ -68,7 +68,7 @@ def write_streams(folder: Path) -> dict[str, TokenStream]:
         random.integers(0, 16384, tokens, dtype=np.uint16).tofile(folder / name)
         mapped = np.memmap(folder / name, dtype=np.uint16, mode="r").view(np.ndarray)
         mapped[::2048].sum()
-        streams[name] = TokenStream([mapped], "bench")
+        streams[name] = TokenStream([mapped], "bench", 16384, [name])
     return streams
 
 

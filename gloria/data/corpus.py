@@ -1,35 +1,42 @@
-"""A corpus folder: token shards by source, the tokenizer, and a manifest that vouches for all of them.
+"""A corpus folder: token shards by source, the tokenizer, and a manifest that lists every file with size and hash.
 
-`manifest.json` is written last and lists every file with its size and hash. A folder without one, or whose
-files disagree with it, is refused by the name of the file: a corpus is whole or it is not there.
+`manifest.json` is written last. A folder without one, or whose files disagree with it, is refused by the name of the
+file. What an opened corpus has been checked for:
+
+    manifest.json     every byte, by the hash in its "seal"
+    tokenizer/        every byte of each file; symbolic links, pipes and the like are refused
+    *.bin, *.idx      presence and size (symbolic links are followed: shards may lie on another disk)
+    *.bin             16 blocks of 64 KB, evenly spread: finds a shard that is zeroed or exchanged, and damage to any
+                      fifteenth of it; one flipped bit in a large shard is found with `verify` alone
+    with verify       every byte of every file
+
+A token id outside the vocabulary is found when its window is read (gloria/data/stream.py). Manifests that were made
+before there was a seal, or hashes of blocks and of all of the tokenizer's files, are read without these checks, and
+`Corpus.warnings` says so.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import xxhash
 
 from gloria.config.cli import from_mapping, option
-from gloria.data.shards import (
-    ShardEntry,
-    map_tokens,
-)
+from gloria.data.shards import ShardEntry, hash_sample, map_tokens
 from gloria.data.stream import TokenStream
-from gloria.data.tokenizer import tokenizer_fingerprint
 from gloria.errors import UserError
-from gloria.files import hash_file, read_json_object, write_whole
+from gloria.files import hash_file, open_plain, parse_json_object, read_bounded, to_json, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "valid")
 AGAIN = "prepare the corpus again"
+MAX_TOKENIZER_BYTES = 1 << 28  # the largest published ones have 35 MB
 MAKE = "make one with python -m gloria.prepare"
 
 
@@ -63,6 +70,8 @@ class Manifest:
     tokenizer: dict[str, int | str | None]  # fingerprint, vocab_size, eos_id, pad_id
     sources: list[SourceEntry]
     recipe: dict  # what the corpus was made by, as plain JSON
+    tokenizer_files: dict[str, str] = option({})  # xxh3-128 of each file in tokenizer/; manifests of old have none
+    seal: str = option("")  # xxh3-128 of this file with an empty seal; manifests of old have none
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,24 @@ class Corpus:
         return {source.name: source.weight for source in self.manifest.sources}
 
     @property
+    def warnings(self) -> list[str]:
+        """A line about what could not be checked, for a corpus that an older version made."""
+        if self.manifest.seal:
+            return []
+        unseen = f"damage to {MANIFEST}, {TOKENIZER}/ and shards of the right size"
+        return [f"{self.folder}: an older version made it, so {unseen} may not be noticed; {AGAIN} to have it sealed"]
+
+    @property
     def tokenizer_folder(self) -> Path:
         return self.folder / TOKENIZER
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer's files into `folder`; one that is there, even as a symbolic link, is replaced."""
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            raise UserError(f"{folder}: is no folder, and the tokenizer goes there; move it away")
+        folder.mkdir(exist_ok=True)
+        for name in self.manifest.tokenizer_files or sorted(os.listdir(self.tokenizer_folder)):
+            write_whole(folder / name, read_bounded(self.tokenizer_folder / name, MAX_TOKENIZER_BYTES))
 
     def source(self, name: str) -> SourceEntry:
         """The entry of a source, or a `UserError` that names those there are."""
@@ -96,7 +121,9 @@ class Corpus:
         entry: SplitEntry = getattr(self.source(name), split)
         if not entry.shards:
             raise UserError(f'{self.folder}: source "{name}" has no {split} tokens; give it more documents')
-        return TokenStream([_map_shard(self.folder, shard) for shard in entry.shards], _fingerprint(entry))
+        places = [f'{self.folder / shard.path}.bin: source "{name}"' for shard in entry.shards]
+        shards = [_map_shard(self.folder, shard) for shard in entry.shards]
+        return TokenStream(shards, _fingerprint(entry), int(self.manifest.tokenizer["vocab_size"]), places)
 
 
 def source_fingerprint(entry: SourceEntry) -> str:
@@ -105,20 +132,28 @@ def source_fingerprint(entry: SourceEntry) -> str:
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Write `manifest.json`, durable and by rename: it is there whole or not at all."""
-    write_whole(Path(folder) / MANIFEST, json.dumps(asdict(manifest), ensure_ascii=False, indent=1).encode() + b"\n")
+    """Hash the tokenizer's files and write `manifest.json`, sealed, durable and by rename: whole or not at all."""
+    folder = Path(folder)
+    files = {path.name: hash_file(path) for path in sorted((folder / TOKENIZER).iterdir())}
+    data = to_json(asdict(replace(manifest, tokenizer_files=files, seal="")))
+    write_whole(folder / MANIFEST, data.replace(_seal_line(""), _seal_line(xxhash.xxh3_128_hexdigest(data))))
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The checked manifest of a corpus; `UserError` has every problem, each with its place in the file."""
     path = Path(folder) / MANIFEST
+    if not os.path.lexists(path):
+        raise UserError(_why_missing(Path(folder)))
     try:
-        values = read_json_object(path, AGAIN)
-    except FileNotFoundError:
-        raise UserError(_why_missing(Path(folder))) from None
+        data = read_bounded(path)
+        values = parse_json_object(data, path)
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
     if values.get("format") != FORMAT:
         raise UserError(f"{path}: format is {values.get('format')}, and this version reads {FORMAT}; {AGAIN}")
     manifest = from_mapping(Manifest, values, str(path))
+    if (seal := manifest.seal) and xxhash.xxh3_128_hexdigest(data.replace(_seal_line(seal), _seal_line(""))) != seal:
+        raise UserError(f"{path}: has changed since it was made; copy it again from where it was made, or {AGAIN}")
     problems = [f"{path}: {problem}; {AGAIN}" for problem in _contradictions(manifest)]
     if problems:
         raise UserError(*problems)
@@ -126,32 +161,42 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def open_corpus(folder: str | os.PathLike[str], *, verify: bool = False) -> Corpus:
-    """A corpus whose files are all there with their sizes, and with `verify` their hashes too.
-
-    `UserError` has one line for each broken file.
-    """
+    """A corpus that has passed the checks above; `UserError` has one line for each broken file."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = []
-    found = tokenizer_fingerprint(folder / TOKENIZER)
-    if found != (listed := manifest.tokenizer["fingerprint"]):
-        place = folder / TOKENIZER / "tokenizer.json"
-        problems.append(f"{place}: its fingerprint is {found}, and the shards were made with {listed}; {AGAIN}")
+    tokenizer_files = {"tokenizer.json": str(manifest.tokenizer["fingerprint"]), **manifest.tokenizer_files}
+    for name, listed in tokenizer_files.items():
+        path = folder / TOKENIZER / name
+        try:
+            found = hash_file(open_plain(path))
+        except UserError as error:
+            problems.append(f"{error}; {AGAIN}")
+            continue
+        if found != listed:
+            problems.append(f"{path}: its hash is {found}, and {MANIFEST} says {listed}; {AGAIN}")
     for shard in _shards(manifest):
-        for suffix, size, digest in (
-            (".bin", shard.bin_size, shard.bin_hash),
-            (".idx", shard.idx_size, shard.idx_hash),
+        for suffix, size, whole, sample in (
+            (".bin", shard.bin_size, shard.bin_hash, shard.bin_sample),
+            (".idx", shard.idx_size, shard.idx_hash, ""),
         ):
             path = folder / f"{shard.path}{suffix}"
+            hash_content, listed = (hash_file, whole) if verify else (hash_sample, sample)
             if not path.is_file():
                 problems.append(f"{path}: no such file, but {MANIFEST} lists it; {AGAIN}")
             elif (found_size := path.stat().st_size) != size:
                 problems.append(f"{path}: is {found_size} bytes, and {MANIFEST} says {size}; {AGAIN}")
-            elif verify and (found := hash_file(path)) != digest:
-                problems.append(f"{path}: its hash is {found}, and {MANIFEST} says {digest}; {AGAIN}")
+            elif listed and (found := hash_content(path)) != listed:
+                which = "hash" if verify else "sample's hash"
+                problems.append(f"{path}: its {which} is {found}, and {MANIFEST} says {listed}; {AGAIN}")
     if problems:
         raise UserError(*problems)
     return Corpus(folder, manifest)
+
+
+def _seal_line(seal: str) -> bytes:
+    """The line of `manifest.json` that holds the seal; keys of one space belong to the outermost object."""
+    return f'\n "seal": "{seal}",\n'.encode(errors="replace")
 
 
 def _fingerprint(split: SplitEntry) -> str:
@@ -188,14 +233,24 @@ def _why_missing(folder: Path) -> str:
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     """What the types of a manifest can't say: known keys, unique names, paths inside the folder, sums."""
-    for key, kind in (("fingerprint", str), ("vocab_size", int), ("eos_id", int)):
-        if not isinstance(manifest.tokenizer.get(key), kind):
-            yield f"tokenizer.{key}: must be {'a string' if kind is str else 'a whole number'}"
+    fingerprint, vocab_size, eos_id = (manifest.tokenizer.get(key) for key in ("fingerprint", "vocab_size", "eos_id"))
+    if not isinstance(fingerprint, str):
+        yield "tokenizer.fingerprint: must be a string"
+    if type(vocab_size) is not int or not 0 < vocab_size < 2**31:
+        yield "tokenizer.vocab_size: must be a whole number above 0 and below 2^31"
+    elif type(eos_id) is not int or not 0 <= eos_id < vocab_size:
+        yield "tokenizer.eos_id: must be a whole number below vocab_size"
+    for name in manifest.tokenizer_files:
+        if "/" in name or name in ("", ".", "..") or not name.isprintable():
+            yield f"tokenizer_files: {name!r} is no file's name"
     if not manifest.sources:
         yield "sources: there are none"
     names = [source.name for source in manifest.sources]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f'sources: "{name}" is listed twice'
+    for name in sorted(set(names)):
+        if names.count(name) > 1:
+            yield f'sources: "{name}" is listed twice'
+        if not name.isprintable():  # half of a surrogate pair can neither be printed nor hashed
+            yield f"sources: {name!r} is no source's name"
     for number, source in enumerate(manifest.sources):
         for split in SPLITS:
             entry: SplitEntry = getattr(source, split)
@@ -206,7 +261,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
                     yield f"{place}.{key}: is {getattr(entry, key)}, and its shards have {total}"
             for shard in entry.shards:
                 path = PurePosixPath(shard.path)
-                if path.is_absolute() or ".." in path.parts or "\\" in shard.path:
-                    yield f'{place}: the path "{shard.path}" leaves the corpus folder'
+                if path.is_absolute() or ".." in path.parts or "\\" in shard.path or not shard.path.isprintable():
+                    yield f"{place}: the path {shard.path!r} leaves the corpus folder"
                 if shard.bin_size != shard.tokens * np.dtype(shard.dtype).itemsize:
                     yield f'{place}: "{shard.path}.bin" can\'t be {shard.bin_size} bytes'

@@ -30,6 +30,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
 DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no tokens
 CODES = {"uint16": 8, "int32": 4}  # what is written
+SAMPLE_BLOCKS, BLOCK_BYTES = 16, 1 << 16
 SHARD_TOKENS = 2**28  # 512 MB of uint16: quick to copy and to hash, and few files even for a terabyte
 
 
@@ -45,6 +46,7 @@ class ShardEntry:
     bin_hash: str = option()
     idx_size: int = option(minimum=1)
     idx_hash: str = option()
+    bin_sample: str = option("", help="hash_sample of the .bin")
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,18 @@ class ShardWriter:
             bin_hash=self._hash.hexdigest(),
             idx_size=len(index),
             idx_hash=xxhash.xxh3_128_hexdigest(index),
+            bin_sample=hash_sample(f"{self._prefix}.bin"),
         )
+
+
+def hash_sample(path: str | os.PathLike[str]) -> str:
+    """xxh3-128 of 16 blocks of 64 KB, evenly spread from a file's first byte to its last: of all of it up to 1 MB."""
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        last = max(0, os.fstat(file.fileno()).st_size - BLOCK_BYTES)
+        for number in range(SAMPLE_BLOCKS):
+            hasher.update(os.pread(file.fileno(), BLOCK_BYTES, last * number // (SAMPLE_BLOCKS - 1)))
+    return hasher.hexdigest()
 
 
 def write_split(

@@ -6,17 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gloria.errors import UserError
+
 
 class TokenStream:
     """The shards of a source, mapped and in order, read as windows of `length + 1` tokens.
 
     Window k is tokens [k * length, (k + 1) * length]: its last token is only a target, and the next window begins
     with it. Tokens after the last whole window are never read. `fingerprint` tells these tokens from any others.
+
+    With a `vocab_size`, a `UserError` is raised where a window holds an id outside of it; the line begins with the
+    shard's entry in `places`.
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], fingerprint: str) -> None:
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        fingerprint: str,
+        vocab_size: int | None = None,
+        places: Sequence[str] = (),
+    ) -> None:
         self.shards = [shard for shard in shards if shard.size]
         self.fingerprint = fingerprint
+        self._vocab_size, self._places = vocab_size, places
         self.dtype = np.result_type(np.uint16, *self.shards)  # holds the tokens of every shard
         self._ends = np.cumsum([shard.size for shard in self.shards], dtype=np.int64)  # (shards,)
         self._items: dict[int, list[np.ndarray]] = {}
@@ -38,18 +50,38 @@ class TokenStream:
         """
         rows = np.arange(windows.size) if rows is None else rows
         starts = windows * length  # (n,)
-        items = self._windows_as_items(length)
-        if len(items) == 1:
-            _copy(items[0], starts, self.shards[0].dtype, out, rows)
+        if len(self.shards) == 1:
+            self._copy(0, starts, length, out, rows)
             return
         shard = np.searchsorted(self._ends, starts, side="right")  # (n,), where each window begins
         whole = starts + length < self._ends[shard]
         for number in np.unique(shard[whole]).tolist():
             chosen = whole & (shard == number)
             begin = self._ends[number] - self.shards[number].size
-            _copy(items[number], starts[chosen] - begin, self.shards[number].dtype, out, rows[chosen])
+            self._copy(number, starts[chosen] - begin, length, out, rows[chosen])
         for place in np.flatnonzero(~whole).tolist():
             out[rows[place]] = self._across_shards(int(starts[place]), length + 1, int(shard[place]))
+
+    def _copy(self, number: int, starts: np.ndarray, length: int, out: np.ndarray, rows: np.ndarray) -> None:
+        """Windows that begin at `starts` (n,) of a shard, and end in it, into rows of `out`."""
+        taken = self._windows_as_items(length)[number][starts]
+        tokens = taken.view(self.shards[number].dtype).reshape(starts.size, length + 1)
+        self._require_known(tokens, number, starts)
+        if tokens.dtype == out.dtype:
+            out.view(taken.dtype)[:, 0][rows] = taken
+        else:
+            out[rows] = tokens
+
+    def _require_known(self, tokens: np.ndarray, number: int, starts: np.ndarray) -> None:
+        """A `UserError` if `tokens` (n, any), copied from a shard at `starts` (n,), have an id that is no token's."""
+        unsigned = tokens.view(f"<u{tokens.itemsize}")  # one maximum finds negative ids, too
+        if self._vocab_size is None or unsigned.max(initial=0) < self._vocab_size:
+            return
+        row, column = np.argwhere(unsigned >= self._vocab_size)[0]
+        raise UserError(
+            f"{self._places[number]}: token {starts[row] + column} is {tokens[row, column]}, outside the vocabulary of "
+            f"{self._vocab_size}; copy the file again from where it was made, or prepare the corpus again"
+        )
 
     def _windows_as_items(self, length: int) -> list[np.ndarray]:
         """Each shard as an array (tokens - length,) whose item i is the window that begins at token i, no copy.
@@ -74,13 +106,7 @@ class TokenStream:
         begin = start - (int(self._ends[shard]) - self.shards[shard].size)
         while count:
             pieces.append(self.shards[shard][begin : begin + count])
+            self._require_known(pieces[-1][None], shard, np.array([begin]))
             count -= pieces[-1].size
             begin, shard = 0, shard + 1
         return np.concatenate(pieces)
-
-
-def _copy(items: np.ndarray, starts: np.ndarray, dtype: np.dtype, out: np.ndarray, rows: np.ndarray) -> None:
-    if dtype == out.dtype:
-        out.view(items.dtype)[:, 0][rows] = items[starts]
-    else:
-        out[rows] = items[starts].view(dtype).reshape(starts.size, -1)

@@ -226,7 +226,11 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
         epochs=mixture.epochs_at(total_steps * train.global_batch),
         parameters=count_parameters(shape),
         flops_per_token=flops_per_token(shape, train.sequence_length),
-        warnings=(*_repeats(config, mixture, total_steps), *_without_validation(config, corpus, mixture)),
+        warnings=(
+            *corpus.warnings,
+            *_repeats(config, mixture, total_steps),
+            *_without_validation(config, corpus, mixture),
+        ),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,7 +327,7 @@ def _leave_out(run: Run, samples: range) -> list[str]:
 def _write_start(run: Run) -> int:
     """For rank 0, before the first step: what `show` and `export` read."""
     plan = run.objective.plan
-    shutil.copytree(plan.corpus.tokenizer_folder, run.folder / "tokenizer", dirs_exist_ok=True)
+    plan.corpus.copy_tokenizer(run.folder / "tokenizer")
     start = {"recipe": to_mapping(run.config), "mixture": run.objective.mixture.state_dict()}
     write_whole(run.folder / "mixture.json", to_json(start))
     return 0

@@ -27,6 +27,7 @@ from gloria.data.corpus import (
 from gloria.data.shards import MAGIC, write_split
 from gloria.data.tokenizer import TextTokenizer, load_tokenizer
 from gloria.errors import UserError
+from gloria.files import hash_file
 
 EOS = 0
 VOCAB = 2000
@@ -91,8 +92,10 @@ def problems_of(function: Callable, *args, **kwargs) -> list[str]:
 
 
 def change(corpus: Path, mend: Callable[[dict], object]) -> None:
+    """A manifest that says something else, without a seal."""
     path = corpus / "manifest.json"
     values = json.loads(path.read_text())
+    del values["seal"]
     mend(values)
     path.write_text(json.dumps(values))
 
@@ -114,6 +117,7 @@ def test_the_manifest_comes_back_as_it_was(corpus: Path) -> None:
     manifest = read_manifest(corpus)
     write_manifest(corpus, manifest)
     assert read_manifest(corpus) == manifest
+    assert manifest.seal
     assert manifest.recipe == {"out": "x", "names": ["água"]}
     assert "água" in (corpus / "manifest.json").read_text("utf-8")
     assert sorted(os.listdir(corpus)) == ["manifest.json", "news", "tokenizer", "wiki"]
@@ -170,17 +174,28 @@ def test_a_manifest_of_another_kind(corpus: Path) -> None:
     path = corpus / "manifest.json"
     change(corpus, lambda values: values.update(format=2, more="of the future"))
     assert problems_of(open_corpus, corpus) == [f"{path}: format is 2, and this version reads 1{AGAIN}"]
-    path.write_text("[]")
-    assert problems_of(open_corpus, corpus) == [f"{path}: is not a JSON object{AGAIN}"]
-    path.write_text('{"format": 1,')
-    assert problems_of(open_corpus, corpus) == [
-        f"{path}: is not valid JSON (Expecting property name enclosed in double quotes: "
-        f"line 1 column 14 (char 13)){AGAIN}"
-    ]
-    path.write_bytes(b"\xff\xfe")
-    assert problems_of(open_corpus, corpus) == [
-        f"{path}: is not valid JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte){AGAIN}"
-    ]
+    for content, line in (
+        (b"[]", "is not a JSON object"),
+        (b'{"format": 1,', "is not valid JSON (Expecting property name"),
+        (b"\xff\xfe", "is not valid JSON ('utf-8' codec can't decode"),
+        (b'{"format":' + b"[" * 100_000, "is not valid JSON (maximum recursion depth"),
+        (b'{"format":' + b"9" * 5000 + b"}", "is not valid JSON (a number of 5000 digits"),
+    ):
+        path.write_bytes(content)
+        (problem,) = problems_of(open_corpus, corpus)
+        assert problem.startswith(f"{path}: {line}")
+        assert problem.endswith(AGAIN)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
+def test_links_and_pipes_in_place_of_files(corpus: Path, name: str) -> None:
+    path = corpus / name
+    aside = path.rename(corpus.parent / "aside")
+    path.symlink_to(aside)
+    assert problems_of(open_corpus, corpus) == [f"{path}: is a symbolic link, which is never followed here{AGAIN}"]
+    path.unlink()
+    os.mkfifo(path)  # to open it would hang
+    assert problems_of(open_corpus, corpus) == [f"{path}: is not a plain file{AGAIN}"]
 
 
 def train(values: dict) -> dict:
@@ -211,19 +226,28 @@ def train(values: dict) -> dict:
         ),
         (
             lambda v: train(v)["shards"][0].update(path="/etc/passwd"),
-            f'sources[0].train: the path "/etc/passwd" leaves the corpus folder{AGAIN}',
+            f"sources[0].train: the path '/etc/passwd' leaves the corpus folder{AGAIN}",
         ),
         (
             lambda v: train(v)["shards"][0].update(path="wiki/../../x"),
-            f'sources[0].train: the path "wiki/../../x" leaves the corpus folder{AGAIN}',
+            f"sources[0].train: the path 'wiki/../../x' leaves the corpus folder{AGAIN}",
         ),
         (
             lambda v: train(v)["shards"][0].update(bin_size=9),
             f'sources[0].train: "wiki/train-00000.bin" can\'t be 9 bytes{AGAIN}',
         ),
         (lambda v: v["sources"][1].update(name="wiki"), f'sources: "wiki" is listed twice{AGAIN}'),
+        (lambda v: v["sources"][1].update(name="\ud800"), f"sources: '\\ud800' is no source's name{AGAIN}"),
         (lambda v: v.update(sources=[]), f"sources: there are none{AGAIN}"),
-        (lambda v: v["tokenizer"].pop("eos_id"), f"tokenizer.eos_id: must be a whole number{AGAIN}"),
+        (lambda v: v["tokenizer"].pop("eos_id"), f"tokenizer.eos_id: must be a whole number below vocab_size{AGAIN}"),
+        (
+            lambda v: v["tokenizer"].update(vocab_size=10**30),
+            f"tokenizer.vocab_size: must be a whole number above 0 and below 2^31{AGAIN}",
+        ),
+        (
+            lambda v: v["tokenizer_files"].update({"../../.ssh/id": "0"}),
+            f"tokenizer_files: '../../.ssh/id' is no file's name{AGAIN}",
+        ),
         (lambda v: v["tokenizer"].update(fingerprint=7), f"tokenizer.fingerprint: must be a string{AGAIN}"),
     ],
 )
@@ -251,18 +275,115 @@ def test_a_shard_of_another_size(corpus: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_a_flipped_bit_is_found_by_verify_alone(corpus: Path, suffix: str) -> None:
-    path = corpus / f"wiki/train-00000{suffix}"
+def flip(path: Path, place: int) -> None:
+    """Another lowest bit in one byte of a file."""
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[place] ^= 1
     path.write_bytes(data)
-    assert open_corpus(corpus).names == ["wiki", "news"]
+
+
+def test_any_flipped_bit_in_manifest_and_tokenizer_is_found_at_once(corpus: Path) -> None:
+    """A weight of 0.5 that became 0.1, or another special token, passed even with verify."""
+    manifest = (corpus / "manifest.json").read_bytes()
+    for place in range(len(manifest)):
+        flip(corpus / "manifest.json", place)
+        problems_of(open_corpus, corpus)
+        (corpus / "manifest.json").write_bytes(manifest)
+    (corpus / "manifest.json").write_bytes(manifest.replace(b'"weight": 0.25', b'"weight": 0.15'))
+    (problem,) = problems_of(open_corpus, corpus)
+    assert problem.startswith(f"{corpus}/manifest.json: has changed since it was made; ")
+    (corpus / "manifest.json").write_bytes(manifest)
+    for path in (corpus / "tokenizer").iterdir():
+        listed = hash_file(path)
+        flip(path, path.stat().st_size // 2)
+        assert problems_of(open_corpus, corpus) == [
+            f"{path}: its hash is {hash_file(path)}, and manifest.json says {listed}{AGAIN}"
+        ]
+        flip(path, path.stat().st_size // 2)
+    assert open_corpus(corpus).warnings == []
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_flipped_bit_in_a_shard_is_found_by_verify(corpus: Path, suffix: str) -> None:
+    path = corpus / f"wiki/train-00000{suffix}"
+    flip(path, -1)
     shard = read_manifest(corpus).sources[0].train.shards[0]
     listed = shard.bin_hash if suffix == ".bin" else shard.idx_hash
-    (line,) = problems_of(open_corpus, corpus, verify=True)
-    assert line.startswith(f"{path}: its hash is ")
-    assert line.endswith(f", and manifest.json says {listed}{AGAIN}")
+    assert problems_of(open_corpus, corpus, verify=True) == [
+        f"{path}: its hash is {hash_file(path)}, and manifest.json says {listed}{AGAIN}"
+    ]
+
+
+def test_a_shard_that_is_zeroed_or_damaged_in_a_fifteenth_is_found_at_once(corpus: Path, monkeypatch) -> None:
+    """And a single bit, between the blocks that are looked at, is not."""
+    monkeypatch.setattr("gloria.data.shards.BLOCK_BYTES", 64)
+    tokens = np.arange(20_000, dtype="<u2") % 1999 + 1
+    shards = write_split(corpus, "web/train", np.dtype("<u2"), [(tokens, np.array([20_000]))], 20_000)
+    manifest = read_manifest(corpus)
+    wiki, news = manifest.sources
+    news = dataclasses.replace(news, train=SplitEntry(1, 20_000, 1, 1, shards))
+    write_manifest(corpus, dataclasses.replace(manifest, sources=[wiki, news]))
+    path = corpus / "web/train-00000.bin"
+    data = path.read_bytes()
+    damage = [bytes(len(data)), data[::-1]]
+    fifteenth = -(-len(data) // 15)
+    damage += [data[:at] + bytes(fifteenth) + data[at + fifteenth :] for at in range(0, len(data) - fifteenth, 777)]
+    for content in damage:
+        path.write_bytes(content)
+        (problem,) = problems_of(open_corpus, corpus)
+        assert problem.startswith(f"{path}: its sample's hash is ")
+    path.write_bytes(data)
+    flip(path, 1000)
+    open_corpus(corpus)
+    problems_of(open_corpus, corpus, verify=True)
+
+
+def test_a_corpus_of_an_older_version_opens_with_a_warning(corpus: Path) -> None:
+    def without_seals(values: dict) -> None:
+        del values["tokenizer_files"]
+        for source in values["sources"]:
+            for shard in source["train"]["shards"] + source["valid"]["shards"]:
+                del shard["bin_sample"]
+
+    change(corpus, without_seals)
+    assert open_corpus(corpus, verify=True).warnings == [
+        f"{corpus}: an older version made it, so damage to manifest.json, tokenizer/ and shards of the right size may "
+        "not be noticed; prepare the corpus again to have it sealed"
+    ]
+    assert open_corpus(corpus).stream("news").shards[0].tolist() == [9, 0]
+    (corpus / "wiki/train-00000.bin").write_bytes(bytes(10))
+    open_corpus(corpus)
+
+
+def test_an_id_outside_the_vocabulary_names_its_shard(corpus: Path) -> None:
+    """It was an index error in the embedding, on a GPU a failed assertion of the device."""
+    path = corpus / "wiki/train-00001.bin"  # tokens 4 5 6 7 0 behind 1 2 0 3 0
+    path.write_bytes(np.array([4, 5, VOCAB, 7, 0], "<u2").tobytes())
+    change(corpus, lambda values: train(values)["shards"][1].update(bin_sample=""))
+    stream = open_corpus(corpus).stream("wiki")
+    stream.gather(np.array([0, 1, 2]), 2, np.zeros((3, 3), np.uint16))
+    for windows, length in (([0, 3], 2), ([1], 4)):  # tokens 6 to 8, of one shard, and 4 to 8, of both
+        out = np.zeros((len(windows), length + 1), np.uint16)
+        assert problems_of(stream.gather, np.array(windows), length, out) == [
+            f'{path}: source "wiki": token 2 is {VOCAB}, outside the vocabulary of {VOCAB}; copy the file again from '
+            "where it was made, or prepare the corpus again"
+        ]
+
+
+def test_the_tokenizer_is_copied_over_links_and_not_through_them(corpus: Path, tmp_path: Path) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine")
+    run.mkdir()
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer/tokenizer.json").symlink_to(victim)
+    open_corpus(corpus).copy_tokenizer(run / "tokenizer")
+    assert victim.read_text() == "mine"
+    assert load_tokenizer(run / "tokenizer").fingerprint == load_tokenizer(corpus / "tokenizer").fingerprint
+    shutil.rmtree(run / "tokenizer")
+    (run / "tokenizer").symlink_to(tmp_path)
+    assert problems_of(open_corpus(corpus).copy_tokenizer, run / "tokenizer") == [
+        f"{run}/tokenizer: is no folder, and the tokenizer goes there; move it away"
+    ]
 
 
 def test_another_tokenizer_in_the_folder(corpus: Path, tokenizer: TextTokenizer) -> None:
@@ -270,10 +391,10 @@ def test_another_tokenizer_in_the_folder(corpus: Path, tokenizer: TextTokenizer)
     path.write_text(path.read_text() + "\n")
     found = load_tokenizer(corpus / "tokenizer").fingerprint
     assert problems_of(open_corpus, corpus) == [
-        f"{path}: its fingerprint is {found}, and the shards were made with {tokenizer.fingerprint}{AGAIN}"
+        f"{path}: its hash is {found}, and manifest.json says {tokenizer.fingerprint}{AGAIN}"
     ]
     path.unlink()
-    assert problems_of(open_corpus, corpus) == [f"{path}: no such file; a tokenizer's folder has a tokenizer.json"]
+    assert problems_of(open_corpus, corpus) == [f"{path}: is missing{AGAIN}"]
 
 
 def test_a_shard_whose_header_says_otherwise(corpus: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gloria.data.stream import TokenStream
+from gloria.errors import UserError
 
 
 def stream_of(sizes: list[int], dtype: str = "<u2") -> TokenStream:
@@ -70,3 +71,14 @@ def test_mapped_shards_are_read_in_place(tmp_path: Path) -> None:
     stream.gather(np.array([8, 2]), 100, out)
     assert out[:, 0].tolist() == [800, 200]
     assert all(np.shares_memory(view, mapped) for view in stream._windows_as_items(100))
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [("<u2", 500), ("<u2", 65535), ("<i4", 500), ("<i4", -1)])
+def test_ids_outside_the_vocabulary_are_named(dtype: str, wrong: int) -> None:
+    tokens = np.full(40, 499, dtype)
+    tokens[33] = wrong
+    stream = TokenStream([tokens[:20], tokens[20:]], "print", 500, ["one", "two"])
+    out = np.zeros((8, 5), np.int32)
+    stream.gather(np.arange(8), 4, out)
+    with pytest.raises(UserError, match=rf"^two: token 13 is {wrong}, outside the vocabulary of 500; "):
+        stream.gather(np.array([0, 8]), 4, out)
