@@ -1,7 +1,13 @@
-"""Every task as data. A new task of a known family is an entry of `TASKS`; nothing else asks for a task's name."""
+"""Every task as data. A new task of a known family is an entry of `TASKS`; no other file has a task's name in it.
+
+A metric of one's own is a function as in metrics.py and its name in the task. Examples of another kind are a dataclass
+as in examples.py, a reader and an `ask` that makes a prompt of it: a file in formats/, beside the entry here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from gloria.config.cli import suggest
@@ -10,6 +16,26 @@ from gloria.tasks.formats.choices import read_enem, read_exams, read_wsc
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, read_last_words
 from gloria.tasks.formats.pairs import read_assin, read_table
 from gloria.tasks.formats.spans import read_squad
+from gloria.tasks.metrics import (
+    PORTUGUESE,
+    Answered,
+    acc,
+    acc_norm,
+    accuracy,
+    binary_f1,
+    macro_f1,
+    mean_f1_pearson,
+    mse,
+    pearson,
+    span_metric,
+    span_oracle,
+    spearman,
+    word_greedy,
+    word_match,
+    word_perplexity,
+)
+from gloria.tasks.prompts import ask_choice, ask_pair, ask_word
+from gloria.tasks.statistics import Measure
 from gloria.tasks.task import Family, Task, Template
 
 
@@ -20,16 +46,31 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+Metrics = Mapping[str, Callable[[Answered], Measure]]
+
 PREMISE = "Premissa: {first}\nHipótese: {second}\nPergunta: "
 FOLLOWS = PREMISE + "A hipótese pode ser inferida pela premissa? Sim ou Não?\nResposta:"
 KIND = PREMISE + "A hipótese é inferida da premissa, é uma paráfrase dela, ou nenhuma das duas coisas?\nResposta:"
 SENTENCES = "Frase 1: {first}\nFrase 2: {second}\nPergunta: "
 SAME = SENTENCES + "As duas frases dizem o mesmo? Sim ou Não?\nResposta:"
 MOOD = "Frase: {first}\nPergunta: O sentimento da frase é positivo ou negativo?\nResposta:"
-WORDS = (*(f"exact_match:{rule}" for rule in RULES), f"accuracy:{LOG_LIKELIHOOD}", f"perplexity:{LOG_LIKELIHOOD}")
-SQUAD1 = ("exact_match", "f1", "exact_match_pt", "f1_pt")
-SQUAD2 = (*SQUAD1, "has_answer_exact", "has_answer_f1", "no_answer_exact", "best_exact_oracle", "best_f1_oracle")
-ACCURACY = ("accuracy",)
+WORDS = {f"exact_match:{rule}": word_match for rule in RULES}
+WORDS |= {f"accuracy:{LOG_LIKELIHOOD}": word_greedy, f"perplexity:{LOG_LIKELIHOOD}": word_perplexity}
+SQUAD1 = {
+    "exact_match": partial(span_metric, column=0),
+    "f1": partial(span_metric, column=1),
+    "exact_match_pt": partial(span_metric, column=0, articles=PORTUGUESE),
+    "f1_pt": partial(span_metric, column=1, articles=PORTUGUESE),
+}
+SQUAD2 = SQUAD1 | {
+    "has_answer_exact": partial(span_metric, column=0, has=True),
+    "has_answer_f1": partial(span_metric, column=1, has=True),
+    "no_answer_exact": partial(span_metric, column=0, has=False),
+    "best_exact_oracle": partial(span_oracle, column=0),
+    "best_f1_oracle": partial(span_oracle, column=1),
+}
+ACCURACY = {"accuracy": accuracy}
+CHOICE = {"acc": acc, "acc_norm": acc_norm}
 
 
 def _similar(low: int, high: int) -> Template:
@@ -39,14 +80,14 @@ def _similar(low: int, high: int) -> Template:
 
 def _assin(name: str, words: dict[str, str], text: str, **where: Any) -> list[Task]:
     """A set of ASSIN as entailment, as similarity, and as both at once."""
-    both, similar = ("accuracy", "macro_f1"), ("pearson", "mse")
+    both, similar = {"accuracy": accuracy, "macro_f1": macro_f1}, {"pearson": pearson, "mse": mse}
     # The mean is no official metric: it is what chooses a model of two heads.
     forms = {
-        "": (("entailment", "similarity"), (*both, *similar, "mean_f1_pearson"), "mean_f1_pearson"),
+        "": (("entailment", "similarity"), both | similar | {"mean_f1_pearson": mean_f1_pearson}, "mean_f1_pearson"),
         "-entailment": (("entailment",), both, "macro_f1"),
         "-similarity": (("similarity",), similar, "pearson"),
     }
-    about = {"labels": tuple(words), "range": (1.0, 5.0), "submission": f"{name}.xml", **where}
+    about = {"labels": tuple(words), "range": (1.0, 5.0), "submission": f"{name}.xml", "ask": ask_pair, **where}
     about["templates"] = {"entailment": Template(text, words), "similarity": _similar(1, 5)}
     return [
         Task(name + form, "pair", read_assin, metrics, selection, targets=targets, **about)
@@ -54,7 +95,7 @@ def _assin(name: str, words: dict[str, str], text: str, **where: Any) -> list[Ta
     ]
 
 
-def _glue(name: str, official: str, template: Template, metrics: tuple[str, ...], **about: Any) -> Task:
+def _glue(name: str, official: str, template: Template, metrics: Metrics, **about: Any) -> Task:
     """A task of GLUE: PLUE's SPLIT.tsv or GLUE-PTPT's SPLIT.jsonl, in the folder given or in one of its name."""
     stems = {"train": ["train"], "dev": ["dev", "validation"], "test": ["test"]}
     tables = {split: [stem + end for stem in names for end in (".tsv", ".jsonl")] for split, names in stems.items()}
@@ -68,19 +109,20 @@ def _glue(name: str, official: str, template: Template, metrics: tuple[str, ...]
         "score": ("score", "label"),
     }
     about = {"columns": columns, "targets": (target,), "templates": {target: template}, **about}
-    about |= {"files": files, "hold_out": True, "submission": f"{official}.tsv"}
-    return Task(name, "pair", read_table, metrics, metrics[0], **about)
+    about |= {"files": files, "hold_out": True, "submission": f"{official}.tsv", "ask": ask_pair}
+    return Task(name, "pair", read_table, metrics, next(iter(metrics)), **about)
 
 
-def _squad(name: str, metrics: tuple[str, ...], train: tuple[str, ...], dev: tuple[str, ...]) -> Task:
+def _squad(name: str, metrics: Metrics, train: tuple[str, ...], dev: tuple[str, ...]) -> Task:
     files = {"train": (*train, "train.jsonl"), "dev": (*dev, "dev.jsonl", "validation.jsonl")}
     return Task(name, "span", read_squad, metrics, "f1", files, hold_out=True, submission=f"{name}.json")
 
 
-def _unsplit(name: str, family: Family, reader: Any, metrics: tuple[str, ...], *files: str, **about: Any) -> Task:
+def _unsplit(name: str, family: Family, reader: Any, metrics: Metrics, *files: str, **about: Any) -> Task:
     """A set that is only evaluated on."""
-    about = {"files": {"test": files} if files else {}, "submission": f"{name}.jsonl", **about}
-    return Task(name, family, reader, metrics, metrics[0], **about)
+    ask = ask_word if family == "last_word" else ask_choice
+    about = {"files": {"test": files} if files else {}, "submission": f"{name}.jsonl", "ask": ask, **about}
+    return Task(name, family, reader, metrics, next(iter(metrics)), **about)
 
 
 def _files(pattern: str, *splits: str) -> dict[str, tuple[str, ...]]:
@@ -101,8 +143,8 @@ ASSIN2 = _files("assin2/assin2-{}.xml", "dev", "test") | {
 
 _PTPT = _assin("assin1-ptpt", THREE, KIND, files=_files("assin1/assin-ptpt-{}.xml", *SPLITS))
 _PTBR = _assin("assin1-ptbr", THREE, KIND, files=_files("assin1/assin-ptbr-{}.xml", *SPLITS))
-_ENEM22 = _unsplit("enem-2022", "choice", read_enem, ACCURACY, "2022.json", "enem/2022.json")
-_ENEM24 = _unsplit("enem-2024", "choice", read_enem, ACCURACY, "2024.jsonl", "enem/2024.jsonl")
+_ENEM22 = _unsplit("enem-2022", "choice", read_enem, CHOICE, "2022.json", "enem/2022.json")
+_ENEM24 = _unsplit("enem-2024", "choice", read_enem, CHOICE, "2024.jsonl", "enem/2024.jsonl")
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -111,9 +153,9 @@ TASKS: dict[str, Task] = {
         *_PTBR,
         *_assin("assin1", THREE, KIND, parts=((_PTPT[0], "ptpt"), (_PTBR[0], "ptbr"))),
         *_assin("assin2", TWO, FOLLOWS, files=ASSIN2),
-        _glue("mrpc", "MRPC", Template(SAME, YES_NO), ("f1", "accuracy"), labels=BINARY),
+        _glue("mrpc", "MRPC", Template(SAME, YES_NO), {"f1": binary_f1, "accuracy": accuracy}, labels=BINARY),
         _glue("rte", "RTE", Template(FOLLOWS, RTE), ACCURACY, labels=tuple(RTE)),
-        _glue("stsb", "STS-B", _similar(0, 5), ("pearson", "spearman"), range=(0.0, 5.0)),
+        _glue("stsb", "STS-B", _similar(0, 5), {"pearson": pearson, "spearman": spearman}, range=(0.0, 5.0)),
         _glue("wnli", "WNLI", Template(FOLLOWS, YES_NO), ACCURACY, labels=BINARY),
         _glue(
             "sst2", "SST-2", Template(MOOD, {"0": "negativo", "1": "positivo"}), ACCURACY, labels=BINARY, columns=SST2
@@ -134,8 +176,8 @@ TASKS: dict[str, Task] = {
         ),
         _ENEM22,
         _ENEM24,
-        _unsplit("enem", "choice", read_enem, ACCURACY, parts=((_ENEM22, "2022"), (_ENEM24, "2024"))),
-        _unsplit("exams", "choice", read_exams, ACCURACY, files=_files("exams-pt/{}_pt.jsonl", *SPLITS)),
-        _unsplit("wsc", "choice", read_wsc, ACCURACY, "portuguese_wsc.json", "wsc-pt/portuguese_wsc.json"),
+        _unsplit("enem", "choice", read_enem, CHOICE, parts=((_ENEM22, "2022"), (_ENEM24, "2024"))),
+        _unsplit("exams", "choice", read_exams, CHOICE, files=_files("exams-pt/{}_pt.jsonl", *SPLITS)),
+        _unsplit("wsc", "choice", read_wsc, CHOICE, "portuguese_wsc.json", "wsc-pt/portuguese_wsc.json"),
     )
 }

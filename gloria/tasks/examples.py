@@ -1,7 +1,13 @@
-"""What a task is made of, one dataclass a family, and what a model says about it. Plain values, no torch."""
+"""The examples of tasks and the predictions of models, a dataclass a family. Plain values, no torch.
+
+An example has an `id`, says whether its file has the right answer (`labelled`), and may have a `group`: examples that
+depend on each other, which a bootstrap draws together. `targets` are the heads of a pair's task.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NOT_FOUND = -1
@@ -17,6 +23,10 @@ class Pair:
     label: str | None = None
     score: float | None = None
 
+    def labelled(self, targets: Sequence[str]) -> bool:
+        gold = {"entailment": self.label, "similarity": self.score}
+        return all(gold[target] is not None for target in targets)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -30,22 +40,22 @@ class Span:
     context: str
     answers: tuple[tuple[str, int], ...] = ()
     impossible: bool = False
-    group: str = ""  # one a context: what a bootstrap draws
+    group: str = ""  # one a context
 
-
-def unlabelled(span: Span) -> bool:
-    """The file does not say what the answer is, nor that there is none."""
-    return not span.answers and not span.impossible
+    def labelled(self, targets: Sequence[str] = ()) -> bool:
+        return bool(self.answers) or self.impossible
 
 
 @dataclass(frozen=True)
 class LastWord:
-    """A context as published and the word that ends it; None where the file has none. `prompt()` strips the context."""
+    """A context as published, white space at its end included, and the word that ends it; None where there is none."""
 
     id: str
     context: str
     word: str | None
-    group: str = ""
+
+    def labelled(self, targets: Sequence[str] = ()) -> bool:
+        return self.word is not None
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,10 @@ class Choice:
     prompt: str
     choices: tuple[str, ...]
     answer: int | None
-    group: str = ""  # one a Winograd schema: what a bootstrap draws
+    group: str = ""  # one a Winograd schema
+
+    def labelled(self, targets: Sequence[str] = ()) -> bool:
+        return self.answer is not None
 
 
 Example = Pair | Span | LastWord | Choice
@@ -68,6 +81,10 @@ class PairPrediction:
 
     label: str | None = None
     score: float | None = None
+
+    def missing(self, targets: Sequence[str]) -> bool:
+        values = {"entailment": self.label, "similarity": self.score}
+        return any(values[target] is None for target in targets) or not math.isfinite(self.score or 0)
 
 
 @dataclass(frozen=True)
@@ -81,21 +98,30 @@ class SpanPrediction:
     def said(self) -> str:
         return "" if self.no_answer > 0 else self.text
 
+    def missing(self, targets: Sequence[str]) -> bool:
+        return math.isnan(self.no_answer)
+
 
 @dataclass(frozen=True)
 class WordPrediction:
-    """What a model wrote after the context, or what it thinks of the gold word, in nats over its tokens."""
+    """What a model wrote after the context, or the log-likelihood of the gold word, in nats over its tokens."""
 
     text: str | None = None
     log_likelihood: float | None = None
     greedy: bool | None = None  # every token of the gold word was the most likely one
 
+    def missing(self, targets: Sequence[str]) -> bool:
+        return self.text is None and not math.isfinite(math.nan if self.log_likelihood is None else self.log_likelihood)
+
 
 @dataclass(frozen=True)
 class ChoicePrediction:
-    """The index of a choice."""
+    """The log-likelihood of each choice, in nats over its tokens; none: a missing prediction."""
 
-    choice: int | None
+    log_likelihoods: tuple[float, ...] = ()
+
+    def missing(self, targets: Sequence[str]) -> bool:
+        return not self.log_likelihoods or any(map(math.isnan, self.log_likelihoods))
 
 
 Prediction = PairPrediction | SpanPrediction | WordPrediction | ChoicePrediction

@@ -1,32 +1,24 @@
-"""Official metrics of each family, on a whole set: what ASSIN's, GLUE's and SQuAD's own scripts compute."""
+"""Official metrics on a whole set: what ASSIN's, GLUE's, SQuAD's and lm-eval's own code computes.
+
+A metric is a function from an `Answered` set to a `Measure`; a task names those that it reports (`Task.metrics`).
+"""
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gloria.config.cli import suggest
 from gloria.errors import UserError
-from gloria.tasks.examples import (
-    Choice,
-    ChoicePrediction,
-    Example,
-    LastWord,
-    Pair,
-    PairPrediction,
-    Prediction,
-    Span,
-    SpanPrediction,
-    WordPrediction,
-)
+from gloria.tasks.examples import Example, Prediction
 from gloria.tasks.formats.lastword import RULES
 from gloria.tasks.statistics import (
     Array,
@@ -58,6 +50,27 @@ class Score:
     high: float | None
     n: int
     reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """The labelled examples of a set with the prediction of each (None: missing), in the same order.
+
+    `groups` numbers the examples' groups from 0, `rule` is the part of the metric's name after a colon, `note` goes
+    along with the value.
+    """
+
+    task: Task
+    gold: Sequence[Any]
+    predictions: Sequence[Any]
+    groups: NDArray[np.int64]
+    rule: str
+    note: str
+
+    def share(self, right: Sequence[bool] | Array, rows: NDArray[np.bool_] | None = None, reason: str = "") -> Measure:
+        """The mean of a column of values from 0 to 1; of some `rows` of the examples, or of all."""
+        groups = self.groups if rows is None else _renumbered(self.groups[rows])
+        return Measure(np.mean, mean, (np.array(right, float),), groups, share=True, reason=reason, note=self.note)
 
 
 def score(
@@ -93,7 +106,7 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Metric -> what model A has more than model B on the same examples, with a paired test."""
+    """Metric -> model A less model B on the same examples, with a paired test."""
     of_a, of_b = measures(task, examples, a, rule), measures(task, examples, b, rule)
     return {name: difference(of_a[name], of_b[name], resamples, seed) for name in of_a}
 
@@ -103,123 +116,159 @@ def measures(
 ) -> dict[str, Measure]:
     """Each metric of the task with the columns it is computed from."""
     assert predictions.keys() <= {example.id for example in examples}, "predictions of other examples"
-    names = [name for name in task.metrics if name.partition(":")[2] == rule]
-    if not names:
+    chosen = {name: metric for name, metric in task.metrics.items() if name.partition(":")[2] == rule}
+    if not chosen:
         rules = dict.fromkeys(name.partition(":")[2] for name in task.metrics if ":" in name)
         what = f'unknown rule "{rule}"' if rule else "needs a rule"
         raise UserError(f"{task.name}: {what}; {suggest(rule, rules)}")
     gold = [example for example in examples if task.labelled(example)]
     if not gold:
         none = Measure(np.mean, mean, (np.zeros(0),), np.zeros(0, int), reason="not scored: no example is labelled")
-        return dict.fromkeys(names, none)
-    _, groups = np.unique([getattr(e, "group", "") or f"example {e.id}" for e in gold], return_inverse=True)
-    guesses = [predictions.get(example.id) for example in gold]
-    missing, hidden = sum(_missing(task, guess) for guess in guesses), len(examples) - len(gold)
+        return dict.fromkeys(chosen, none)
+    groups = _renumbered([getattr(e, "group", "") or f"example {e.id}" for e in gold])
+    answers = [predictions.get(example.id) for example in gold]
+    answers = [None if one is None or one.missing(()) else one for one in answers]
+    missing, hidden = missing_count(task, gold, predictions), len(examples) - len(gold)
     notes = [f"{missing} predictions are missing and count as wrong"] if missing else []
     notes += [f"{hidden} of {len(examples)} are not labelled and not scored"] if hidden else []
-    build = {"pair": _pairs, "span": _spans, "last_word": _words, "choice": _choices}[task.family]
-    made = build(task, gold, guesses, groups, "; ".join(notes))
-    return {name: made(name) for name in names}
+    answered = Answered(task, gold, answers, groups, rule, "; ".join(notes))
+    return {name: metric(answered) for name, metric in chosen.items()}
 
 
-def _missing(task: Task, guess: Prediction | None) -> bool:
-    if isinstance(guess, PairPrediction):
-        said = {"entailment": guess.label, "similarity": guess.score}
-        return any(said[target] is None for target in task.targets) or not math.isfinite(guess.score or 0)
-    return guess in (None, WordPrediction(), ChoicePrediction(None))
+def missing_count(task: Task, examples: Sequence[Example], predictions: Mapping[str, Prediction]) -> int:
+    """How many examples have no prediction, or one without a value or with one that is not a number."""
+    found = [predictions.get(example.id) for example in examples]
+    return sum(one is None or one.missing(task.targets) for one in found)
 
 
-def _share(right: Sequence[bool], groups: Any, note: str) -> Measure:
-    return Measure(np.mean, mean, (np.array(right, float),), groups, wilson=True, note=note)
+def _renumbered(groups: Any) -> NDArray[np.int64]:
+    return np.unique(groups, return_inverse=True)[1]
 
 
-def _pairs(
-    task: Task, gold: list[Pair], guesses: list[PairPrediction | None], groups: Any, note: str
-) -> Callable[[str], Measure]:
-    # Here, as they take a second to import and most commands score nothing.
-    from scipy.stats import pearsonr, spearmanr
+# Pairs: labels and scores.
+
+
+def accuracy(a: Answered) -> Measure:
+    return a.share([p is not None and p.label == e.label for e, p in zip(a.gold, a.predictions)])
+
+
+def macro_f1(a: Answered) -> Measure:
+    """The mean F1 of the labels that the gold file has; a prediction with another label, or none, is wrong."""
+    from sklearn.metrics import f1_score  # in here, as it takes a second and most commands score nothing
+
+    labels = [label for label in a.task.labels if any(pair.label == label for pair in a.gold)]
+    gold = np.array([labels.index(pair.label) for pair in a.gold], float)
+    found = np.array([labels.index(p.label) if p and p.label in labels else -1 for p in a.predictions], float)
+    classes = range(len(labels))
+    exact = partial(f1_score, labels=list(classes), average="macro", zero_division=0)
+    return Measure(exact, partial(f1, classes=classes), (gold, found), a.groups, note=a.note)
+
+
+def binary_f1(a: Answered) -> Measure:
+    """F1 of the second of two labels; a missing prediction is the wrong one of the two."""
     from sklearn.metrics import f1_score
 
-    labels = [label for label in task.labels if any(pair.label == label for pair in gold)]
-    label = np.array([labels.index(pair.label) for pair in gold] if labels else [], float)
-    # A label that the gold file does not have, or none, is -1: wrong, and no class of its own.
-    guess = np.array([labels.index(g.label) if g and g.label in labels else -1 for g in guesses], float)
-    x, y = _scores(task, gold, guesses) if "similarity" in task.targets else (np.zeros(1), np.zeros(1))
-    constant = next((what for what, v in (("gold scores", x), ("predictions", y)) if np.ptp(v) == 0), "")
-    reason = f"the {constant} are constant, which has no correlation with anything" if constant else ""
-    classes = range(len(labels))
-    macro = partial(f1_score, labels=list(classes), average="macro", zero_division=0)
-
-    def made(name: str) -> Measure:
-        if name == "accuracy":
-            return _share(label == guess, groups, note)
-        if name == "macro_f1":
-            return Measure(macro, partial(f1, classes=classes), (label, guess), groups, note=note)
-        if name == "f1":  # of the second label; a missing prediction is the wrong one of two
-            known = np.array([task.labels.index(pair.label) for pair in gold])
-            said = np.array(
-                [task.labels.index(g.label) if g and g.label in task.labels else 1 - k for g, k in zip(guesses, known)]
-            )
-            binary = partial(f1_score, pos_label=1, zero_division=0)
-            return Measure(binary, partial(f1, classes=range(1, 2)), (known, said), groups, note=note)
-        if name == "mse":
-            return Measure(np.mean, mean, ((x - y) ** 2,), groups, note=note)
-        columns, exact, weighted = (x, y), lambda x, y: pearsonr(x, y).statistic, correlation
-        if name == "spearman":
-            exact, weighted = lambda x, y: spearmanr(x, y).statistic, rank_correlation
-        if name == "mean_f1_pearson":
-            columns = (label, guess, x, y)
-            exact, weighted = (
-                lambda a, b, x, y: (macro(a, b) + pearsonr(x, y).statistic) / 2,
-                lambda w, a, b, x, y: (f1(w, a, b, classes) + correlation(w, x, y)) / 2,
-            )
-        return Measure(exact, weighted, columns, groups, reason=reason, note=note)
-
-    return made
+    labels = a.task.labels
+    gold = np.array([labels.index(pair.label) for pair in a.gold])
+    found = [labels.index(p.label) if p and p.label in labels else 1 - k for p, k in zip(a.predictions, gold)]
+    exact = partial(f1_score, pos_label=1, zero_division=0)
+    return Measure(exact, partial(f1, classes=range(1, 2)), (gold, np.array(found)), a.groups, note=a.note)
 
 
-def _scores(task: Task, gold: list[Pair], guesses: list[PairPrediction | None]) -> tuple[Array, Array]:
+def pearson(a: Answered) -> Measure:
+    from scipy.stats import pearsonr
+
+    columns = _scores(a)
+    exact = lambda x, y: pearsonr(x, y).statistic  # noqa: E731
+    return Measure(exact, correlation, columns, a.groups, reason=_constant(*columns), note=a.note)
+
+
+def spearman(a: Answered) -> Measure:
+    from scipy.stats import spearmanr
+
+    columns = _scores(a)
+    exact = lambda x, y: spearmanr(x, y).statistic  # noqa: E731
+    return Measure(exact, rank_correlation, columns, a.groups, reason=_constant(*columns), note=a.note)
+
+
+def mse(a: Answered) -> Measure:
+    gold, found = _scores(a)
+    return Measure(np.mean, mean, ((gold - found) ** 2,), a.groups, note=a.note)
+
+
+def mean_f1_pearson(a: Answered) -> Measure:
+    """The mean of macro-F1 and Pearson's r: no official metric, it chooses a model with two heads."""
+    f, r = macro_f1(a), pearson(a)
+    return Measure(
+        lambda label, said, x, y: (f.exact(label, said) + r.exact(x, y)) / 2,
+        lambda w, label, said, x, y: (f.weighted(w, label, said) + r.weighted(w, x, y)) / 2,
+        (*f.columns, *r.columns),
+        a.groups,
+        reason=r.reason,
+        note=a.note,
+    )
+
+
+def _scores(a: Answered) -> tuple[Array, Array]:
     """Gold and predicted scores. A missing one is 0, as ASSIN's script has it; where 0 may be right, the far end."""
-    low, high = task.range
-    known = np.array([pair.score for pair in gold], float)
-    wrong = np.where(low > 0, 0.0, np.where(known - low > high - known, low, high))
-    said = np.array([g.score if g and g.score is not None else np.nan for g in guesses], float)
-    return known, np.where(np.isfinite(said), said, wrong)
+    low, high = a.task.range
+    gold = np.array([pair.score for pair in a.gold], float)
+    wrong = np.where(low > 0, 0.0, np.where(gold - low > high - gold, low, high))
+    found = np.array([p.score if p and p.score is not None else np.nan for p in a.predictions], float)
+    return gold, np.where(np.isfinite(found), found, wrong)
 
 
-def _choices(
-    task: Task, gold: list[Choice], guesses: list[ChoicePrediction | None], groups: Any, note: str
-) -> Callable[[str], Measure]:
-    return lambda name: _share([g is not None and g.choice == e.answer for e, g in zip(gold, guesses)], groups, note)
+def _constant(gold: Array, found: Array) -> str:
+    constant = next((what for what, v in (("gold scores", gold), ("predictions", found)) if np.ptp(v) == 0), "")
+    return f"the {constant} are constant, which has no correlation with anything" if constant else ""
 
 
-def _words(
-    task: Task, gold: list[LastWord], guesses: list[WordPrediction | None], groups: Any, note: str
-) -> Callable[[str], Measure]:
-    def made(name: str) -> Measure:
-        metric, rule = name.split(":")
-        if metric == "exact_match":
-            words = [
-                (RULES[rule].compared(e.word), RULES[rule].word(g.text or "") if g else "")
-                for e, g in zip(gold, guesses)
-            ]
-            return _share([word == said != "" for word, said in words], groups, note)
-        if metric == "accuracy":
-            return _share([g is not None and g.greedy is True for g in guesses], groups, note)
-        here = [bool(example.word.strip()) for example in gold]
-        values = [g.log_likelihood if g else None for g, there in zip(guesses, here) if there]
-        lacking = sum(value is None for value in values)
-        reason = f"{lacking} of {len(values)} words have no log-likelihood" if lacking else ""
-        column = np.array([np.nan if value is None else value for value in values], float)
+# Multiple choice, as lm-eval has it.
 
-        def perplexity(w: Array, values: Array) -> Array:
-            return np.exp(-mean(w, values))
 
-        # Groups are renumbered, as a word that is empty has no perplexity and is left out.
-        _, kept = np.unique(groups[here], return_inverse=True)
-        return Measure(lambda v: np.exp(-np.mean(v)), perplexity, (column,), kept, reason=reason, note=note)
+def acc(a: Answered) -> Measure:
+    """The choice with the highest log-likelihood."""
+    return a.share([p is not None and np.argmax(p.log_likelihoods) == e.answer for e, p in zip(a.gold, a.predictions)])
 
-    return made
+
+def acc_norm(a: Answered) -> Measure:
+    """The choice with the highest log-likelihood per character, the space before it not counted."""
+    right = []
+    for example, prediction in zip(a.gold, a.predictions):
+        lengths = np.array([len(choice) for choice in example.choices], float)
+        right.append(
+            prediction is not None and np.argmax(np.array(prediction.log_likelihoods) / lengths) == example.answer
+        )
+    return a.share(right)
+
+
+# Last words.
+
+
+def word_match(a: Answered) -> Measure:
+    """The first word that the model wrote is the gold word, as the rule compares them."""
+    rule = RULES[a.rule]
+    words = [(rule.compared(e.word), rule.word(p.text or "") if p else "") for e, p in zip(a.gold, a.predictions)]
+    return a.share([gold == found != "" for gold, found in words])
+
+
+def word_greedy(a: Answered) -> Measure:
+    """Every token of the gold word is the most likely one."""
+    return a.share([p is not None and p.greedy is True for p in a.predictions])
+
+
+def word_perplexity(a: Answered) -> Measure:
+    """The exponential of minus the mean log-likelihood a word; an empty gold word is left out."""
+    rows = np.array([bool(example.word.strip()) for example in a.gold])
+    values = [p.log_likelihood if p else None for p, there in zip(a.predictions, rows) if there]
+    lacking = sum(value is None for value in values)
+    reason = f"{lacking} of {len(values)} words have no log-likelihood" if lacking else ""
+    column = np.array([np.nan if value is None else value for value in values], float)
+    exact, weighted = lambda v: np.exp(-np.mean(v)), lambda w, v: np.exp(-mean(w, v))
+    return Measure(exact, weighted, (column,), _renumbered(a.groups[rows]), reason=reason, note=a.note)
+
+
+# Spans, as SQuAD's scripts have them.
 
 
 def normalise(text: str, articles: re.Pattern[str] = ENGLISH) -> str:
@@ -229,57 +278,49 @@ def normalise(text: str, articles: re.Pattern[str] = ENGLISH) -> str:
 
 def span_scores(golds: Sequence[str], said: str, articles: re.Pattern[str], *, version2: bool) -> tuple[float, float]:
     """(exact match, F1), the best over the golds. In version 2, F1 against nothing is whether both are nothing."""
-    guess = normalise(said, articles)
+    found = normalise(said, articles)
     best_exact = best_f1 = 0.0
     for gold in (normalise(text, articles) for text in golds):
-        best_exact = max(best_exact, float(gold == guess))
-        tokens = (gold.split(), guess.split())
+        best_exact = max(best_exact, float(gold == found))
+        tokens = (gold.split(), found.split())
         common = sum((Counter(tokens[0]) & Counter(tokens[1])).values())
         overlap = 2 * common / (len(tokens[0]) + len(tokens[1])) if common else 0.0
-        best_f1 = max(best_f1, float(gold == guess) if version2 and not all(tokens) else overlap)
+        best_f1 = max(best_f1, float(gold == found) if version2 and not all(tokens) else overlap)
     return best_exact, best_f1
 
 
-def _spans(
-    task: Task, gold: list[Span], guesses: list[SpanPrediction | None], groups: Any, note: str
-) -> Callable[[str], Measure]:
-    version2 = "no_answer_exact" in task.metrics
-    has = np.array([bool(span.answers) for span in gold])
-
-    def table(articles: re.Pattern[str], said: Callable[[SpanPrediction], str]) -> Array:
-        rows = []
-        for span, guess in zip(gold, guesses):
-            texts = [text for text, _ in span.answers if normalise(text, articles) or not version2] or [""]
-            rows.append(span_scores(texts, said(guess), articles, version2=version2) if guess else (0.0, 0.0))
-        return np.array(rows)  # (n, 2): exact, F1
-
-    columns = {articles: table(articles, lambda guess: guess.said) for articles in (ENGLISH, PORTUGUESE)}
-
-    def made(name: str) -> Measure:
-        column = int("f1" in name)
-        if name.endswith("oracle"):
-            return _oracle(table(ENGLISH, lambda guess: guess.text)[:, column], has, guesses, groups, note)
-        rows = (
-            np.full(len(gold), True)
-            if name in ("exact_match", "f1") or name.endswith("_pt")
-            else has == ("has" in name)
-        )
-        values = columns[PORTUGUESE if name.endswith("_pt") else ENGLISH][rows, column]
-        _, kept = np.unique(groups[rows], return_inverse=True)
-        reason = "" if len(values) else f"the split has no question {'with' if 'has' in name else 'without'} an answer"
-        return Measure(np.mean, mean, (values,), kept, reason=reason, note=note)
-
-    return made
+def span_metric(a: Answered, column: int, articles: re.Pattern[str] = ENGLISH, has: bool | None = None) -> Measure:
+    """Exact match (column 0) or F1 (1) of the questions with an answer (`has`), without one, or of all (None)."""
+    rows = np.full(len(a.gold), True) if has is None else _has_answer(a) == has
+    reason = "" if rows.any() else f"the split has no question {'with' if has else 'without'} an answer"
+    return a.share(_span_table(a, articles, False)[rows, column], rows, reason)
 
 
-def _oracle(raw: Array, has: Array, guesses: list[SpanPrediction | None], groups: Any, note: str) -> Measure:
+def span_oracle(a: Answered, column: int) -> Measure:
     """SQuAD 2.0's best threshold: the highest score that any cut of `no_answer` gives on these very answers."""
-    cut = np.array([guess.no_answer if guess else np.inf for guess in guesses])
+    raw, has = _span_table(a, ENGLISH, True)[:, column], _has_answer(a)
+    cut = np.array([p.no_answer if p else np.inf for p in a.predictions])
     order = np.argsort(cut, kind="stable")
-    text = np.array([bool(guess and guess.text) for guess in guesses])
+    text = np.array([bool(p and p.text) for p in a.predictions])
     gains = np.where(has, raw, -text.astype(float))[order]
     totals = np.concatenate([[0.0], np.cumsum(gains)]) + (~has).sum()
     best = int(np.argmax(totals))
     where = f"oracle: threshold {cut[order][best - 1]:g}" if best else "oracle: no answer to any question"
     value = float(totals[best] / len(raw))
-    return Measure(lambda _: value, None, (raw,), groups, note="; ".join(filter(None, (where, note))))
+    return Measure(lambda _: value, None, (raw,), a.groups, note="; ".join(filter(None, (where, a.note))))
+
+
+def _has_answer(a: Answered) -> NDArray[np.bool_]:
+    return np.array([bool(span.answers) for span in a.gold])
+
+
+@lru_cache(maxsize=3)  # the metrics of one set share them
+def _span_table(a: Answered, articles: re.Pattern[str], raw: bool) -> Array:
+    """Exact match and F1 of each question, (n, 2); `raw`: of the text, also where no answer is the better one."""
+    version2 = "no_answer_exact" in a.task.metrics
+    rows = []
+    for span, p in zip(a.gold, a.predictions):
+        texts = [text for text, _ in span.answers if normalise(text, articles) or not version2] or [""]
+        found = span_scores(texts, p.text if raw else p.said, articles, version2=version2) if p else (0.0, 0.0)
+        rows.append(found)
+    return np.array(rows)

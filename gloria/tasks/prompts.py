@@ -32,37 +32,39 @@ def prompt(task: Task, example: Example, shots: Sequence[Example] = (), target: 
 
     Raises `UserError` for a task that has no prompt (spans).
     """
-    asked = _ask(task, example, target)
-    solved = [_ask(task, shot, target) for shot in shots]
+    if task.ask is None:
+        raise UserError(f"{task.name}: has no prompt; fine-tune a head for it")
+    asked, *solved = (task.ask(task, one, target) for one in (example, *shots))
     before = "".join(f"{shot.context}{shot.gold}\n\n" for shot in solved if shot.gold)
     return Prompt(before + asked.context, asked.answers, asked.values, asked.gold)
 
 
-def _ask(task: Task, example: Example, target: str) -> Prompt:
-    if isinstance(example, Pair):
-        template = task.templates[target or task.targets[0]]
-        # Not str.format: a sentence may hold braces.
-        context = re.sub(r"\{(first|second)\}", lambda field: getattr(example, field[1]), template.text)
-        answers = tuple(f" {word}" for word in template.words.values())
-        if (target or task.targets[0]) == "entailment":
-            gold = template.words.get(example.label or "")
-            return Prompt(context, answers, tuple(template.words), gold and f" {gold}")
-        values = tuple(map(float, template.words))
-        nearest = None if example.score is None else min(values, key=lambda value: abs(value - example.score))
-        return Prompt(context, answers, values, None if nearest is None else answers[values.index(nearest)])
-    if isinstance(example, LastWord):
-        word = (example.word or "").strip()
-        return Prompt(example.context.rstrip(), (f" {word}",) if word else (), (word,) if word else (), f" {word}")
-    if isinstance(example, Choice):
-        values = tuple(range(len(example.choices)))
-        if not example.prompt:
-            return Prompt(
-                "", example.choices, values, None if example.answer is None else example.choices[example.answer]
-            )
-        answers = tuple(f" {choice}" for choice in example.choices)
-        gold = None if example.answer is None else answers[example.answer]
-        return Prompt(f"Pergunta: {example.prompt}\nResposta:", answers, values, gold)
-    raise UserError(f"{task.name}: has no prompt; fine-tune a head for it")
+def ask_pair(task: Task, example: Pair, target: str) -> Prompt:
+    """The task's template, and the words for its labels or scores."""
+    target = target or task.targets[0]
+    template = task.templates[target]
+    # Not str.format: a sentence may hold braces.
+    context = re.sub(r"\{(first|second)\}", lambda field: getattr(example, field[1]), template.text)
+    answers = tuple(f" {word}" for word in template.words.values())
+    if target == "entailment":
+        gold = template.words.get(example.label or "")
+        return Prompt(context, answers, tuple(template.words), gold and f" {gold}")
+    values = tuple(map(float, template.words))
+    nearest = None if example.score is None else min(values, key=lambda value: abs(value - example.score))
+    return Prompt(context, answers, values, None if nearest is None else answers[values.index(nearest)])
+
+
+def ask_word(task: Task, example: LastWord, target: str) -> Prompt:
+    word = (example.word or "").strip()
+    return Prompt(example.context.rstrip(), (f" {word}",) if word else (), (word,) if word else (), f" {word}")
+
+
+def ask_choice(task: Task, example: Choice, target: str) -> Prompt:
+    """The question, and each choice as its answer; where there is no question the choices are whole texts."""
+    before, space = (f"Pergunta: {example.prompt}\nResposta:", " ") if example.prompt else ("", "")
+    answers = tuple(space + choice for choice in example.choices)
+    gold = None if example.answer is None else answers[example.answer]
+    return Prompt(before, answers, tuple(range(len(answers))), gold)
 
 
 def choose_shots(train: Sequence[Example], example: Example, count: int, seed: int) -> list[Example]:

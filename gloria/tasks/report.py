@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import gloria
-from gloria.errors import UserError
+from gloria.errors import UserError, warn
 from gloria.files import read_json_object, write_whole
 from gloria.tasks.examples import Example, Prediction
-from gloria.tasks.metrics import score
+from gloria.tasks.metrics import missing_count, score
 from gloria.tasks.task import Task
 
 RESULTS = "results.json"
@@ -47,6 +47,8 @@ def score_record(
     if any(task.labelled(example) for example in examples):
         scores = score(task, examples, predictions, rule=rule)
         record["scores"] = {name: asdict(value) for name, value in scores.items()}
+        if missing := missing_count(task, [example for example in examples if task.labelled(example)], predictions):
+            warn(f"{task.name} {split}: {missing} of {len(examples)} predictions are missing or not finite, and wrong")
     else:
         record["not_scored"] = "the split has no labels"
     return record

@@ -20,15 +20,15 @@ CHUNK = 100  # resamples at a time: weights are (CHUNK, examples)
 class Measure:
     """A metric on a set: `exact` of its columns (n,) is a float, `weighted` of weights (draws, n) and them (draws,).
 
-    Examples of a group are drawn together. `wilson`: it is the mean of a column of 0 and 1. `reason` says why there is
-    no value, `note` what to know of it.
+    Examples of a group are drawn together. `share`: it is the mean of a column of values from 0 to 1. `reason` says why
+    there is no value, `note` what to know of it.
     """
 
     exact: Callable[..., float]
     weighted: Callable[..., Array] | None
     columns: tuple[Array, ...]
     groups: NDArray[np.int64]
-    wilson: bool = False
+    share: bool = False
     reason: str = ""
     note: str = ""
 
@@ -41,12 +41,12 @@ def mean(weights: Array, values: Array) -> Array:
     return weights @ values / weights.sum(1)
 
 
-def f1(weights: Array, gold: Array, guess: Array, classes: range) -> Array:
-    """The mean over `classes` of F1, 0 for a class that is neither there nor guessed (`zero_division=0`)."""
+def f1(weights: Array, gold: Array, found: Array, classes: range) -> Array:
+    """The mean over `classes` of F1, 0 for a class that is neither there nor predicted (`zero_division=0`)."""
     scores = []
     for each in classes:
-        right = weights @ ((gold == each) & (guess == each))
-        either = weights @ ((gold == each).astype(float) + (guess == each))
+        right = weights @ ((gold == each) & (found == each))
+        either = weights @ ((gold == each).astype(float) + (found == each))
         scores.append(2 * right / np.maximum(either, 1))
     return np.mean(scores, 0)
 
@@ -80,11 +80,17 @@ def _ranks(weights: Array, values: Array) -> Array:
 
 
 def interval(measure: Measure, resamples: int, seed: int) -> tuple[float | None, float | None]:
-    """The 95 % interval: Wilson's for a share of independent examples, else the bootstrap's percentiles."""
-    if measure.wilson and _independent(measure):
+    """The 95 % interval: Wilson's for a proportion of independent examples, else the bootstrap's percentiles.
+
+    Where all are 0 or all are 1 every resample is the same, which is no interval: it is Wilson's, too, of the groups.
+    """
+    column = measure.columns[0]
+    same = measure.share and column.min() == column.max() and column[0] in (0, 1)
+    if same or (measure.share and _is_proportion(measure)):
         from scipy.stats import binomtest
 
-        limits = binomtest(int(measure.columns[0].sum()), measure.n).proportion_ci(method="wilson")
+        n = int(measure.groups.max()) + 1
+        limits = binomtest(round(float(column.mean()) * n), n).proportion_ci(method="wilson")
         return float(limits.low), float(limits.high)
     if not resamples or measure.weighted is None:
         return None, None
@@ -95,8 +101,9 @@ def interval(measure: Measure, resamples: int, seed: int) -> tuple[float | None,
     return float(low), float(high)
 
 
-def _independent(measure: Measure) -> bool:
-    return len(np.unique(measure.groups)) == measure.n
+def _is_proportion(measure: Measure) -> bool:
+    """Each example is a group of its own, right (1) or wrong (0)."""
+    return len(np.unique(measure.groups)) == measure.n and bool(np.isin(measure.columns[0], (0, 1)).all())
 
 
 def _resamples(groups: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Array]:
@@ -110,7 +117,7 @@ def _resamples(groups: NDArray[np.int64], resamples: int, seed: int) -> Iterator
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of model A less that of model B on the same examples, its interval, and how likely chance does that."""
+    """A metric of model A less that of model B on the same examples, its interval and the p-value of a paired test."""
 
     value: float | None
     low: float | None
@@ -139,7 +146,7 @@ def difference(a: Measure, b: Measure, resamples: int, seed: int) -> Difference:
         [apart(np.hstack([w, 0 * w]), np.hstack([0 * w, w])) for w in _resamples(a.groups, resamples, seed)]
     )
     low, high = map(float, np.nanquantile(draws, [0.025, 0.975]))
-    if a.wilson and _independent(a):
+    if a.share and _is_proportion(a) and _is_proportion(b):
         from scipy.stats import binomtest
 
         only_a, only_b = int((a.columns[0] > b.columns[0]).sum()), int((b.columns[0] > a.columns[0]).sum())

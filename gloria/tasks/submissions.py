@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from gloria.errors import UserError
@@ -13,15 +15,6 @@ from gloria.tasks.examples import ChoicePrediction, Example, PairPrediction, Pre
 from gloria.tasks.formats.files import Problems, json_rows
 from gloria.tasks.task import Task
 
-KINDS = {
-    "label": str,
-    "score": float,
-    "text": str,
-    "no_answer": float,
-    "log_likelihood": float,
-    "greedy": bool,
-    "choice": int,
-}
 CLASSES = {"pair": PairPrediction, "span": SpanPrediction, "last_word": WordPrediction, "choice": ChoicePrediction}
 PREDICTIONS = "predictions.jsonl"  # what gloria.evaluate --compare reads
 
@@ -64,13 +57,14 @@ def read_predictions(task: Task, path: Path, examples: Sequence[Example]) -> dic
     """Predictions as `write_predictions` wrote them. Raises `UserError` for rows of another task or other examples."""
     problems, kind = Problems(path), CLASSES[task.family]
     known_ids = {example.id for example in examples}
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = typing.get_type_hints(kind)
     predictions: dict[str, Prediction] = {}
     if not path.is_file():
         raise UserError(f"{path}: no such file; give predictions that gloria.evaluate wrote")
     for line, row in json_rows(path, problems):
         id = row.pop("id", None)
-        right = all(name in known and (value is None or type(value) is KINDS[name]) for name, value in row.items())
+        row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+        right = all(name in known and _fits(value, known[name]) for name, value in row.items())
         if not isinstance(id, str) or id in predictions or not right:
             problems.add(line, f"is no prediction of {task.name}; id, once each, and {', '.join(known)} are expected")
             continue
@@ -83,18 +77,27 @@ def read_predictions(task: Task, path: Path, examples: Sequence[Example]) -> dic
     return predictions
 
 
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value has the type of a field: T, T | None or tuple[T, ...]."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(item) is typing.get_args(hint)[0] for item in value)
+    return type(value) in (typing.get_args(hint) or (hint,))
+
+
 def _line(row: dict[str, object]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _fields(prediction: Prediction) -> dict[str, object]:
-    """Fields that say something. JSON has no NaN, which is no prediction, and no infinity, which is a large number."""
-    row = {}
+    """Fields that are not at their default. NaN is left out, as no prediction; infinity, which JSON lacks, is 1e308."""
+    row: dict[str, Any] = {}
     for field in dataclasses.fields(prediction):
         value = getattr(prediction, field.name)
-        if value == field.default or value != value:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value == field.default or any(number != number for number in numbers):
             continue
-        row[field.name] = max(-1e308, min(value, 1e308)) if isinstance(value, float) else value
+        numbers = [max(-1e308, min(one, 1e308)) if isinstance(one, float) else one for one in numbers]
+        row[field.name] = numbers if isinstance(value, tuple) else numbers[0]
     return row
 
 

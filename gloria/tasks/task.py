@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
 from gloria.errors import UserError
-from gloria.tasks.examples import Choice, Example, LastWord, Pair, unlabelled
+from gloria.tasks.examples import Example, Pair
 from gloria.tasks.formats.files import Loaded, find_file
 
 Family = Literal["pair", "span", "last_word", "choice"]
@@ -27,12 +27,16 @@ class Template:
 
 @dataclass(frozen=True)
 class Task:
-    """What there is to know of a task. Splits are "train", "dev", "test", as far as its files are known."""
+    """What there is to know of a task. Splits are "train", "dev" and "test", or those of them that it has.
+
+    `family` says how a model answers: "pair" by heads or by words for labels and scores, "span" by a head, "last_word"
+    by continuing a text, "choice" by log-likelihoods of answers.
+    """
 
     name: str
     family: Family
     reader: Callable[[Path, Task], Loaded]
-    metrics: tuple[str, ...]
+    metrics: Mapping[str, Callable[[Any], Any]]  # name -> a function of metrics.py; "NAME:RULE" where rules differ
     selection: str  # the metric by which a checkpoint is chosen; higher is better
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # split -> names its file may have in the folder
     parts: tuple[tuple[Task, str], ...] = ()  # or: tasks read one after the other, and their ids' prefix
@@ -41,6 +45,7 @@ class Task:
     targets: tuple[str, ...] = ()  # a pair's heads: "entailment" (any classification), "similarity" (any score)
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a table: field -> the names it may have
     templates: Mapping[str, Template] = field(default_factory=dict)  # target -> its prompt
+    ask: Callable[[Task, Any, str], Any] | None = None  # (task, example, target) -> a Prompt; None: it has no prompt
     submission: str = ""  # the file of predictions, whose ending says its official format
     hold_out: bool = False  # the dev set is what is reported, so a tenth of train chooses the checkpoint
 
@@ -81,23 +86,23 @@ class Task:
         path = find_file(Path(folder), self.files[split], f"the {split} split of {self.name}")
         loaded = self.reader(path, self)
         if split != "test" and not any(self.labelled(example) for example in loaded.examples):
-            raise UserError(f"{path}: no example is labelled; only a test split may be without labels")
+            why = f" ({loaded.unlabelled})" if loaded.unlabelled else ""
+            raise UserError(f"{path}: no example is labelled{why}; only a test split may be without labels")
         return loaded
 
     def labelled(self, example: Example) -> bool:
-        """Whether the file says what is right."""
-        if isinstance(example, Pair):
-            gold = {"entailment": example.label, "similarity": example.score}
-            return all(gold[target] is not None for target in self.targets)
-        if isinstance(example, LastWord):
-            return example.word is not None
-        return example.answer is not None if isinstance(example, Choice) else not unlabelled(example)
+        """Whether the file has what is right."""
+        return example.labelled(self.targets)
 
     def training(self, folder: Path | str) -> tuple[list[Example], list[Example]]:
         """The examples to train on and those that choose the checkpoint: the dev set, or a tenth of train by hash.
 
-        The tenth is of contexts (or first sentences), so that none is on both sides. Never the test set.
+        The tenth is of contexts (or first sentences), so that none is on both sides. Never the test set; but the other
+        splits are read, so that a malformed file is reported now and not when it is scored.
         """
+        for split in ("dev", "test"):
+            if self.has(Path(folder), split):
+                self.load(folder, split)
         train = self.read(folder, "train")
         bare = sum(not self.labelled(example) for example in train)
         if bare:

@@ -50,7 +50,8 @@ def test_missing_predictions_are_wrong_in_every_family() -> None:
     assert score(TASKS["squad2"], spans, {"a": SpanPrediction("x")})["exact_match"].value == 0.5
     choices = [Choice("a", "q", ("x", "y"), 0), Choice("b", "q", ("x", "y"), 1)]
     assert (
-        score(TASKS["exams"], choices, {"a": ChoicePrediction(0), "b": ChoicePrediction(None)})["accuracy"].value == 0.5
+        score(TASKS["exams"], choices, {"a": ChoicePrediction((-1.0, -2.0)), "b": ChoicePrediction()})["acc"].value
+        == 0.5
     )
     words = [LastWord("a", "c", "fim"), LastWord("b", "c", "fim")]
     assert values(score(TASKS["calame"], words, {"a": WordPrediction("fim")}, rule="strict")) == {
@@ -69,7 +70,7 @@ def test_a_label_that_the_gold_file_does_not_have_is_wrong_and_no_class() -> Non
 def test_rules_have_names() -> None:
     words = [LastWord("a", "c", "fim")]
     for task, rule, what in (
-        ("calame", "", "calame: needs a rule; known: first-word, paper, strict, log-likelihood"),
+        ("calame", "", "calame: needs a rule; known: first-word, paper, gloria-script, strict, log-likelihood"),
         ("calame", "strikt", 'calame: unknown rule "strikt"; did you mean "strict"?'),
         ("rte", "strict", 'rte: unknown rule "strict"; there are none'),
     ):
@@ -126,7 +127,7 @@ def test_an_empty_gold_word_is_never_right_and_has_no_perplexity() -> None:
 
 def test_questions_without_an_answer_are_not_scored_and_that_is_said() -> None:
     choices = [Choice("a", "q", ("x", "y"), 0), Choice("b", "q", (), None)]
-    found = score(TASKS["exams"], choices, {"a": ChoicePrediction(0)})["accuracy"]
+    found = score(TASKS["exams"], choices, {"a": ChoicePrediction((-1.0, -2.0))})["acc"]
     assert (found.value, found.n, found.reason) == (1.0, 1, "1 of 2 are not labelled and not scored")
 
 

@@ -69,7 +69,11 @@ def test_examples_of_a_context_are_drawn_together() -> None:
 def test_twin_schemas_are_drawn_together_and_others_are_not() -> None:
     def width(groups: int) -> float:
         choices = [Choice(str(i), "", ("a", "b"), 0, str(i // groups)) for i in range(200)]
-        found = score(TASKS["wsc"], choices, {c.id: ChoicePrediction(int(c.id) // 2 % 2) for c in choices})["accuracy"]
+        found = score(
+            TASKS["wsc"],
+            choices,
+            {c.id: ChoicePrediction(((-1.0, -2.0), (-2.0, -1.0))[int(c.id) // 2 % 2]) for c in choices},
+        )["acc"]
         return found.high - found.low
 
     assert width(2) == pytest.approx(math.sqrt(2) * width(1), rel=0.15)

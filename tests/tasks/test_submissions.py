@@ -65,7 +65,7 @@ def test_squad_says_nothing_where_no_answer_is_better(tmp_path: Path) -> None:
         ("assin2", {"1": PairPrediction("None", 2.5), "2": PairPrediction()}),
         ("squad2", {"a": SpanPrediction("maçã", -1.5), "b": SpanPrediction("")}),
         ("calame", {"0": WordPrediction(" fim\n"), "1": WordPrediction(None, -3.25, False)}),
-        ("wsc", {"0": ChoicePrediction(1)}),
+        ("wsc", {"0": ChoicePrediction((-1.5, -2.0))}),
     ],
 )
 def test_predictions_come_back(tmp_path: Path, task: str, predictions: dict) -> None:
@@ -90,11 +90,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.jsonl: no such file; give predictions that gloria.evaluate wrote$"):
         read_predictions(TASKS["wsc"], path, PAIRS)
     path.write_text(
-        '{"id": "1", "label": "None"}\n{"id": "2", "choice": "1"}\n{"id": "2", "choice": 1}\n{"id": "2"}\n'
-        '{"id": "3", "choice": 1}\n'
+        '{"id": "1", "label": "None"}\n{"id": "2", "log_likelihoods": ["1"]}\n{"id": "2", "log_likelihoods": [-1.5]}\n{"id": "2"}\n'
+        '{"id": "3", "log_likelihoods": [-1.5]}\n'
     )
     with pytest.raises(UserError) as error:
         read_predictions(TASKS["wsc"], path, PAIRS)
-    wrong = "is no prediction of wsc; id, once each, and choice are expected"
+    wrong = "is no prediction of wsc; id, once each, and log_likelihoods are expected"
     other = '"3" is not among the 2 examples; give --data and --split of this file'
     assert error.value.problems == (*(f"{path}:{line}: {wrong}" for line in (1, 2, 4)), f"{path}:5: {other}")

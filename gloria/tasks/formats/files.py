@@ -14,10 +14,11 @@ from gloria.tasks.examples import Example
 
 @dataclass(frozen=True)
 class Loaded:
-    """Examples, and counts of what their file is like, in the words of a report."""
+    """Examples, and counts of what their file is like, named as results.json has them."""
 
     examples: list[Example]
     counts: dict[str, int]
+    unlabelled: str = ""  # why no example is labelled, where the file shows it
 
 
 @dataclass

@@ -26,6 +26,7 @@ class Rule:
     fold: bool = True  # case and accents do not matter
     join_lines: bool = False  # line ends are taken out before the word is looked for
     stop: bool = True  # generation may stop once the word is over; it goes on to max_new_tokens otherwise
+    strip: bool = True  # white space at the end of the context is taken away before the model sees it
 
     def word(self, continuation: str) -> str:
         """The predicted word, as it is compared; "" where there is none."""
@@ -47,12 +48,14 @@ class Rule:
         return self.stop and found is not None and found.end() < len(text)
 
 
-# All greedy. "paper" has GlórIA's own settings (run_calame_eval.py: 5 tokens, whatever its flag says, and a penalty
-# on repetition, which forbids words of the context); "first-word" compares alike and generates until the word ends;
-# "strict" is what Tucano's harness does: accents and case count.
+# All greedy. "gloria-script" is GlórIA's run_calame_eval.py: 5 tokens, whatever its flag says, a penalty on repetition,
+# which forbids words of the context, and contexts as published (7 % of CALAME's end in a space); "paper" is the same on
+# stripped contexts; "first-word" compares alike and generates until the word ends; "strict" is what Tucano's harness
+# does: accents and case count.
 RULES = {
     "first-word": Rule(max_new_tokens=16),
     "paper": Rule(max_new_tokens=5, repetition_penalty=2.0, join_lines=True, stop=False),
+    "gloria-script": Rule(max_new_tokens=5, repetition_penalty=2.0, join_lines=True, stop=False, strip=False),
     "strict": Rule(max_new_tokens=10, pattern=r"\S+", drop=".,?!", fold=False),
 }
 

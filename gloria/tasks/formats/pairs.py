@@ -67,7 +67,8 @@ def read_table(path: Path, task: Task) -> Loaded:
     counts = _counts(pairs)
     if path.suffix == ".tsv":
         counts["rows with an unpaired quotation mark"] = sum(line.count('"') % 2 for line in read_lines(path)[1:])
-    return Loaded(list(pairs), counts)
+    gold = f"it has no column {' or '.join(task.columns[task.gold_column])}, but {', '.join(names)}"
+    return Loaded(list(pairs), counts, "" if column[task.gold_column] else gold)
 
 
 def _counts(pairs: list[Pair]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from gloria.errors import UserError
-from gloria.tasks.examples import NOT_FOUND, Span, unlabelled
+from gloria.tasks.examples import NOT_FOUND, Span
 from gloria.tasks.formats.files import Loaded, Problems, check_unique, json_rows, read_json
 from gloria.tasks.task import Task
 
@@ -36,7 +36,7 @@ def read_squad(path: Path, task: Task) -> Loaded:
     problems.tell()
     names = ("answers not at their offset", "answers without text", "impossible", "impossible without plausible")
     shown = {"questions": len(spans), "contexts": len({span.group for span in spans})}
-    shown |= {"without an answer or the word that there is none": sum(unlabelled(span) for span in spans)}
+    shown |= {"without an answer or the word that there is none": sum(not span.labelled() for span in spans)}
     return Loaded(list(spans), shown | {"answers": counts["answers"]} | {name: counts[name] for name in names})
 
 

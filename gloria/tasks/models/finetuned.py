@@ -149,7 +149,8 @@ def guesses(
     classes = inputs.heads.get(LABEL, 0)
     found: dict[str, Prediction] = {}
     for row, values in zip(rows, outputs):
-        label = inputs.labels[int(values[:classes].argmax())] if classes else None
+        known = classes and np.isfinite(values[:classes]).all()  # weights that are not finite predict nothing
+        label = inputs.labels[int(values[:classes].argmax())] if known else None
         score = float(values[classes]) if SCORE in inputs.heads else None
         found[examples[row.example].id] = PairPrediction(label, score)
     return found

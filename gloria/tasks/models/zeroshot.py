@@ -122,10 +122,9 @@ def _choices(
     prompts = [_with_shots(task, example, train, asking, "") for example in asked]
     logs, cut = _answer_logs(loaded, prompts, asking.batch, process)
     guesses: dict[str, Prediction] = {}
-    for example, prompt_, values in zip(asked, prompts, logs):
-        lengths = np.array([len(answer) for answer in prompt_.answers])
-        guesses[example.id] = ChoicePrediction(int((values / lengths).argmax()))
-    return Answers(guesses, f"{asking.shots} shots, log-likelihood of the answer by its number of characters", cut)
+    for example, values in zip(asked, logs):
+        guesses[example.id] = ChoicePrediction(tuple(values.tolist()))
+    return Answers(guesses, f"{asking.shots} shots, log-likelihood of the answers", cut)
 
 
 def _original(
@@ -147,15 +146,21 @@ def _original(
 
 def _words(loaded: Loaded, examples: Sequence[LastWord], asking: EvalSettings, process: Process) -> Iterator[Answers]:
     contexts = [example.context.rstrip() for example in examples]
-    rules = [RULES[name] for name in asking.rules if name != LOG_LIKELIHOOD]
-    settings = [Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over) for rule in rules]
     asked: list[int] = []
     if LOG_LIKELIHOOD in asking.rules:
         asked = [number for number, example in enumerate(examples) if (example.word or "").strip()]
     words = [(contexts[number], f" {examples[number].word.strip()}") for number in asked]
     made, cut_words = requests(loaded, words) if words else ([], 0)
-    texts, logs = continuations(loaded, contexts, settings, asking.batch, process, dict(zip(asked, made)))
-    written = iter(texts)
+    written, logs = {}, {}
+    for strip, prompts in ((True, contexts), (False, [example.context for example in examples])):
+        names = [name for name in asking.rules if name in RULES and RULES[name].strip == strip]
+        rules = [RULES[name] for name in names]
+        settings = [Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over) for rule in rules]
+        if strip or names:
+            along = dict(zip(asked, made)) if strip else {}
+            texts, found = continuations(loaded, prompts, settings, asking.batch, process, along)
+            written |= dict(zip(names, texts))
+            logs |= found
     for name in asking.rules:
         if name == LOG_LIKELIHOOD:
             guesses: dict[str, Prediction] = {
@@ -164,7 +169,7 @@ def _words(loaded: Loaded, examples: Sequence[LastWord], asking: EvalSettings, p
             }
             yield Answers(guesses, "log-likelihood of the gold word", cut_words, name)
             continue
-        rule, (continued, cut) = RULES[name], next(written)
+        rule, (continued, cut) = RULES[name], written[name]
         guesses = {example.id: WordPrediction(text=text) for example, text in zip(examples, continued)}
         penalty = f", repetition penalty {rule.repetition_penalty:g}" if rule.repetition_penalty != 1 else ""
         yield Answers(guesses, f"greedy, at most {rule.max_new_tokens} tokens{penalty}", cut, name)
