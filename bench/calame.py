@@ -55,8 +55,9 @@ def one_by_one(model: torch.nn.Module, loaded: Loaded, examples: list[LastWord],
     """What `generate` writes after each context, one at a time."""
     written = {}
     for example in examples:
+        context = example.context.rstrip() if rule.strip else example.context
         start = start_ids(loaded.tokenizer, needed=False)
-        start += loaded.tokenizer(example.context.rstrip(), add_special_tokens=False)["input_ids"]
+        start += loaded.tokenizer(context, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([start], device=model.device)
         output = model.generate(
             ids,
@@ -141,17 +142,17 @@ def main() -> None:
             for rules, (slow, fast, differing) in sums.items():
                 asking = EvalSettings(LIKELIHOOD, 0, 0, rules, a.batch)
                 begun = clock()
-                found = {answer.rule: answer.guesses for answer in answers(loaded, task, part, [], asking, process)}
+                found = {answer.rule: answer.predictions for answer in answers(loaded, task, part, [], asking, process)}
                 seconds = clock() - begun
                 differing += sum(
-                    abs(guesses[key].log_likelihood - answer) > 1e-3 if name == LOG_LIKELIHOOD
-                    else guesses[key].text != answer
-                    for name, guesses in found.items() for key, answer in wanted[name].items()
+                    abs(predictions[key].log_likelihood - answer) > 1e-3 if name == LOG_LIKELIHOOD
+                    else predictions[key].text != answer
+                    for name, predictions in found.items() for key, answer in wanted[name].items()
                 )  # fmt: skip
                 sums[rules] = slow + sum(alone[name] for name in rules), fast + seconds, differing
         for rules, (slow, fast, differing) in sums.items():
             same = "equal" if not differing else f"{differing} DIFFER"
-            name = rules[0] if len(rules) == 1 else "all three and log-likelihood"
+            name = rules[0] if len(rules) == 1 else "all rules and log-likelihood"
             print(f"{name:<32}{slow:>10.1f} s{fast:>10.1f} s{slow / fast:>7.1f}x  {same}")
     stop_process_group()
 

@@ -49,8 +49,8 @@ def constant_answers(train: list[Example], examples: list[Example]) -> dict[str,
         labels = Counter(example.label for example in train if example.label is not None)
         scores = [example.score for example in train if example.score is not None]
         label = labels.most_common(1)[0][0] if labels else None
-        guess = PairPrediction(label, statistics.fmean(scores) if scores else None)
-        return {example.id: guess for example in examples}
+        prediction = PairPrediction(label, statistics.fmean(scores) if scores else None)
+        return {example.id: prediction for example in examples}
     return {example.id: SpanPrediction(example.context) for example in examples}
 
 

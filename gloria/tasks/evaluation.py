@@ -152,8 +152,8 @@ def _score_task(loaded: Loaded, task: Task, folder: Path, options: Options, proc
     for found in every:
         counts = {**read.counts, "prompts cut to fit": found.cut, "seconds": seconds}
         how = {"rule": found.rule, "data": folder, "method": found.method, "counts": counts}
-        record = score_record(task, split, read.examples, found.guesses, **how)
-        yield Scored(record, task, read.examples, found.guesses)
+        record = score_record(task, split, read.examples, found.predictions, **how)
+        yield Scored(record, task, read.examples, found.predictions)
 
 
 def read_task(task: Task, folder: Path, options: Options) -> tuple[str, Read, int, list[Example]]:

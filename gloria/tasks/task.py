@@ -100,15 +100,13 @@ class Task:
         The tenth is of contexts (or first sentences), so that none is on both sides. Never the test set; but the other
         splits are read, so that a malformed file is reported now and not when it is scored.
         """
-        for split in ("dev", "test"):
-            if self.has(Path(folder), split):
-                self.load(folder, split)
         train = self.read(folder, "train")
         bare = sum(not self.labelled(example) for example in train)
         if bare:
             raise UserError(f"{folder}: {bare} of {len(train)} training examples are not labelled; take them out")
+        others = {split: self.read(folder, split) for split in ("dev", "test") if self.has(Path(folder), split)}
         if not self.hold_out:
-            return train, self.read(folder, "dev")
+            return train, others.get("dev") or self.read(folder, "dev")
         held = [xxhash.xxh3_64_intdigest(f"held out {_text(example)}".encode()) % 10 == 0 for example in train]
         kept = [example for example, out in zip(train, held) if not out]
         chosen = [example for example, out in zip(train, held) if out]

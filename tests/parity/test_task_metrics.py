@@ -52,9 +52,9 @@ def random_pairs(draws: np.random.RandomState, labels: tuple[str, ...], low: flo
 def test_pairs(name: str, low: int, sets: int) -> None:
     task, draws = TASKS[name], np.random.RandomState(3)
     for _ in range(sets):
-        gold, guesses = random_pairs(draws, task.labels, low, 5)
-        labels, said = [p.label for p in gold], [guesses[p.id].label for p in gold]
-        x, y = [p.score for p in gold], [guesses[p.id].score for p in gold]
+        gold, predictions = random_pairs(draws, task.labels, low, 5)
+        labels, said = [p.label for p in gold], [predictions[p.id].label for p in gold]
+        x, y = [p.score for p in gold], [predictions[p.id].score for p in gold]
         expected = {}
         if task.labels:
             expected["accuracy"] = accuracy_score(labels, said)
@@ -68,7 +68,7 @@ def test_pairs(name: str, low: int, sets: int) -> None:
             expected |= {"pearson": pearsonr(x, y).statistic, "spearman": spearmanr(x, y).statistic}
             expected["mean_f1_pearson"] = (expected.get("macro_f1", 0) + expected["pearson"]) / 2
         expected["mse"] = mean_squared_error(x, y)  # the official script: (absolute_diff ** 2).mean()
-        found = {metric: value.value for metric, value in score(task, gold, guesses, resamples=0).items()}
+        found = {metric: value.value for metric, value in score(task, gold, predictions, resamples=0).items()}
         assert found == pytest.approx({metric: expected.get(metric) for metric in task.metrics}, abs=1e-12)
 
 
@@ -77,10 +77,10 @@ def test_a_weighted_metric_is_the_metric_of_the_resample(name: str) -> None:
     """What the bootstrap computes from weights is what scikit-learn and scipy say of the examples drawn, one by one."""
     task, draws = TASKS[name], np.random.RandomState(4)
     for _ in range(20):
-        gold, guesses = random_pairs(draws, task.labels, 0 if name != "assin1" else 1, 5)
+        gold, predictions = random_pairs(draws, task.labels, 0 if name != "assin1" else 1, 5)
         picks = [draws.randint(0, len(gold), len(gold)) for _ in range(5)]
         weights = np.array([np.bincount(pick, minlength=len(gold)) for pick in picks], float)
-        for metric, measure in measures(task, gold, guesses).items():
+        for metric, measure in measures(task, gold, predictions).items():
             if measure.reason:
                 continue
             for pick, value in zip(picks, measure.weighted(weights, *measure.columns)):
@@ -163,13 +163,13 @@ def test_spans(name: str) -> None:
         return " ".join(draws.choice(WORDS, draws.randint(1, 4)))
 
     for _ in range(SETS):
-        spans, guesses = [], {}
+        spans, predictions = [], {}
         for number in range(draws.randint(2, 12)):
             impossible = version2 and draws.rand() < 0.4
             answers = () if impossible else tuple((text(), 0) for _ in range(draws.randint(1, 4)))
             spans.append(Span(str(number), "q", "c", answers, impossible))
-            guess = answers[0][0] if answers and draws.rand() < 0.4 else text()
-            guesses[str(number)] = SpanPrediction(guess, round(draws.normal(), 1) if version2 else -np.inf)
+            prediction = answers[0][0] if answers and draws.rand() < 0.4 else text()
+            predictions[str(number)] = SpanPrediction(prediction, round(draws.normal(), 1) if version2 else -np.inf)
 
         def of(said: dict[str, str], spans: list[Span] = spans) -> tuple[dict, dict]:
             exact, f1 = {}, {}
@@ -181,8 +181,10 @@ def test_spans(name: str) -> None:
                 f1[span.id] = max(official_f1(g, said[span.id], version2=version2) for g in golds)
             return exact, f1
 
-        exact, f1 = of({id: "" if guess.no_answer > 0 else guess.text for id, guess in guesses.items()})
-        scores = score(task, spans, guesses, resamples=0)
+        exact, f1 = of(
+            {id: "" if prediction.no_answer > 0 else prediction.text for id, prediction in predictions.items()}
+        )
+        scores = score(task, spans, predictions, resamples=0)
         found = {metric: value.value for metric, value in scores.items()}
         assert found["exact_match"] == pytest.approx(np.mean(list(exact.values())), abs=1e-12)
         assert found["f1"] == pytest.approx(np.mean(list(f1.values())), abs=1e-12)
@@ -195,7 +197,10 @@ def test_spans(name: str) -> None:
             ):
                 kept = [value for id, value in values.items() if has[id] is wanted]
                 assert found[metric] == (pytest.approx(np.mean(kept), abs=1e-12) if kept else None)
-            texts, missing = {id: g.text for id, g in guesses.items()}, {id: g.no_answer for id, g in guesses.items()}
+            texts, missing = (
+                {id: g.text for id, g in predictions.items()},
+                {id: g.no_answer for id, g in predictions.items()},
+            )
             for metric, values in zip(("best_exact_oracle", "best_f1_oracle"), of(texts)):
                 best, threshold = official_best(texts, values, missing, has)
                 assert found[metric] == pytest.approx(best, abs=1e-12)

@@ -30,11 +30,11 @@ def line_of(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
     return line.removeprefix("error: ")
 
 
-def assin(*pairs: str, dev: str = PAIR.format("9", GOLD)) -> Callable[[Path], None]:
+def assin(*pairs: str, dev: str = PAIR.format("9", GOLD), test: str = PAIR.format("9", "")) -> Callable[[Path], None]:
     """Writes ASSIN-2 files: a line a pair, the first in line 2."""
 
     def write(folder: Path) -> None:
-        for name, rows in (("assin2-train-only.xml", pairs), ("assin2-dev.xml", (dev,))):
+        for name, rows in (("assin2-train-only.xml", pairs), ("assin2-dev.xml", (dev,)), ("assin2-test.xml", (test,))):
             (folder / name).write_text("\n".join(["<entailment-corpus>", *rows, "</entailment-corpus>"]))
 
     return write
@@ -75,6 +75,8 @@ BAD_FILES = [
      "{data}: 1 of 2 training examples are not labelled; take them out"),
     ("assin2", assin(PAIR.format(1, GOLD), dev=PAIR.format(2, "")),
      "{data}/assin2-dev.xml: no example is labelled; only a test split may be without labels"),
+    ("assin2", assin(PAIR.format(1, GOLD), test=PAIR.format(2, 'entailment="Maybe"')),
+     '{data}/assin2-test.xml:2: unknown label "Maybe"; assin2 has None, Entailment'),
     ("assin2", assin(), "{data}/assin2-train-only.xml: has no <pair>; an ASSIN file is expected"),
     ("assin2", lambda folder: (folder / "assin2-train-only.xml").write_bytes(b"  \n") and None,
      "{data}/assin2-train-only.xml: is empty; get the file again"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from gloria.errors import UserError
@@ -49,10 +50,8 @@ def test_missing_predictions_are_wrong_in_every_family() -> None:
     spans = [Span("a", "q", "c", (("x", 0),)), Span("b", "q", "c", (), True)]
     assert score(TASKS["squad2"], spans, {"a": SpanPrediction("x")})["exact_match"].value == 0.5
     choices = [Choice("a", "q", ("x", "y"), 0), Choice("b", "q", ("x", "y"), 1)]
-    assert (
-        score(TASKS["exams"], choices, {"a": ChoicePrediction((-1.0, -2.0)), "b": ChoicePrediction()})["acc"].value
-        == 0.5
-    )
+    logs = {"a": ChoicePrediction((-1.0, -2.0)), "b": ChoicePrediction()}
+    assert values(score(TASKS["exams"], choices, logs)) == {"acc": 0.5, "acc_norm": 0.5}
     words = [LastWord("a", "c", "fim"), LastWord("b", "c", "fim")]
     assert values(score(TASKS["calame"], words, {"a": WordPrediction("fim")}, rule="strict")) == {
         "exact_match:strict": 0.5
@@ -61,10 +60,22 @@ def test_missing_predictions_are_wrong_in_every_family() -> None:
 
 def test_a_label_that_the_gold_file_does_not_have_is_wrong_and_no_class() -> None:
     gold = [Pair(str(i), "x", "y", label) for i, label in enumerate(["None", "None", "Entailment"])]
-    guesses = {"0": PairPrediction("None"), "1": PairPrediction("Paraphrase"), "2": PairPrediction("Entailment")}
-    assert values(score(TASKS["assin1-entailment"], gold, guesses)) == pytest.approx(
+    predictions = {"0": PairPrediction("None"), "1": PairPrediction("Paraphrase"), "2": PairPrediction("Entailment")}
+    assert values(score(TASKS["assin1-entailment"], gold, predictions)) == pytest.approx(
         {"accuracy": 2 / 3, "macro_f1": (2 / 3 + 1) / 2}
     )
+
+
+def test_choices_are_scored_as_lm_eval_does() -> None:
+    """Its `acc_norm` divides by the characters of the choice alone; ours counted the space before it, too."""
+    choices = [Choice("a", "q", ("a", "bcd"), 0), Choice("b", "q", ("a", "bcd"), 1)]
+    logs = np.array([[-1.4, -4.0], [-4.0, -6.0]])
+    lengths = np.array([float(len(choice)) for choice in choices[0].choices])
+    assert np.argmax(logs[0] / lengths) != np.argmax(logs[0] / (lengths + 1))
+    expected = {"acc": [1.0, 0.0], "acc_norm": [float(np.argmax(row / lengths) == i) for i, row in enumerate(logs)]}
+    found = [score(TASKS["exams"], [c], {c.id: ChoicePrediction(tuple(row))}) for c, row in zip(choices, logs)]
+    assert {name: [scores[name].value for scores in found] for name in expected} == expected
+    assert expected["acc_norm"] == [0.0, 1.0]
 
 
 def test_rules_have_names() -> None:
@@ -144,13 +155,13 @@ def test_squad_2_splits_by_whether_there_is_an_answer() -> None:
         Span("no", "q", "c", (), True),
         Span("made up", "q", "c", (), True),
     ]
-    guesses = {
+    predictions = {
         "yes": SpanPrediction("rio", -2.0),
         "lost": SpanPrediction("rio", 0.5),  # no answer is better than the span: ""
         "no": SpanPrediction("mar", 1.0),
         "made up": SpanPrediction("mar", 0.0),  # not above 0
     }
-    scores = score(TASKS["squad2"], spans, guesses)
+    scores = score(TASKS["squad2"], spans, predictions)
     assert {name: value for name, value in values(scores).items() if not name.endswith("_pt")} == pytest.approx(
         {
             "exact_match": 0.25,
@@ -164,7 +175,7 @@ def test_squad_2_splits_by_whether_there_is_an_answer() -> None:
     )
     assert scores["best_f1_oracle"].reason == "oracle: threshold -2"
     assert (scores["best_f1_oracle"].low, scores["has_answer_f1"].n) == (None, 2)
-    only = score(TASKS["squad2"], spans[:1], {"yes": guesses["yes"]})["no_answer_exact"]
+    only = score(TASKS["squad2"], spans[:1], {"yes": predictions["yes"]})["no_answer_exact"]
     assert (only.value, only.reason) == (None, "the split has no question without an answer")
 
 

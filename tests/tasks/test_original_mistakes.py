@@ -35,24 +35,24 @@ def said(values: list[str | float]) -> dict[str, PairPrediction]:
 def test_macro_f1_is_not_the_weighted_f1() -> None:
     """`f1_score(average="macro", labels=y_true)` repeats labels, which weights them."""
     gold = ["None"] * 70 + ["Entailment"] * 20 + ["Paraphrase"] * 10
-    guess = ["None"] * 60 + ["Entailment"] * 25 + ["Paraphrase"] * 15
-    value = score(TASKS["assin1-entailment"], pairs(gold), said(guess), resamples=0)["macro_f1"].value
-    assert value == pytest.approx(f1_score(gold, guess, average="macro"), abs=1e-12)
-    originals = f1_score(gold, guess, average="macro", labels=gold)
-    assert originals == pytest.approx(f1_score(gold, guess, average="weighted"))
+    prediction = ["None"] * 60 + ["Entailment"] * 25 + ["Paraphrase"] * 15
+    value = score(TASKS["assin1-entailment"], pairs(gold), said(prediction), resamples=0)["macro_f1"].value
+    assert value == pytest.approx(f1_score(gold, prediction, average="macro"), abs=1e-12)
+    originals = f1_score(gold, prediction, average="macro", labels=gold)
+    assert originals == pytest.approx(f1_score(gold, prediction, average="weighted"))
     assert abs(value - originals) > 0.05
 
 
 def test_scores_are_of_the_whole_set_and_not_means_over_batches() -> None:
     x = DRAWS.normal(3, 1, 96).clip(1, 5)
     y = x + DRAWS.normal(0, 1, 96) + np.repeat([0, 3, -3], 32)
-    examples, guesses = pairs([None] * 96, list(x)), said(list(y))
-    value = score(TASKS["assin2-similarity"], examples, guesses, resamples=0)["pearson"].value
+    examples, predictions = pairs([None] * 96, list(x)), said(list(y))
+    value = score(TASKS["assin2-similarity"], examples, predictions, resamples=0)["pearson"].value
     batches = np.mean([pearsonr(x[i : i + 32], y[i : i + 32]).statistic for i in (0, 32, 64)])
     assert value == pytest.approx(pearsonr(x, y).statistic, abs=1e-12)
     assert abs(value - batches) > 0.1
     mixed = [examples[i] for i in DRAWS.permutation(96)]
-    assert score(TASKS["assin2-similarity"], mixed, guesses, resamples=0)["pearson"].value == pytest.approx(value)
+    assert score(TASKS["assin2-similarity"], mixed, predictions, resamples=0)["pearson"].value == pytest.approx(value)
 
 
 def test_a_correlation_with_a_constant_is_none_and_not_0() -> None:
@@ -69,7 +69,7 @@ def test_every_task_has_a_score_for_every_metric_it_names() -> None:
     """ASSIN as entailment or as similarity alone, the default, raised KeyError."""
     answers = (("rio", 2),)
     for task in TASKS.values():
-        examples, guesses, rules = {
+        examples, predictions, rules = {
             "pair": (
                 [Pair(str(i), "a", "b", task.labels[i] if task.labels else None, 1.0 + i) for i in (0, 1)],
                 {str(i): PairPrediction(task.labels[i] if task.labels else None, 1.0 + i) for i in (0, 1)},
@@ -87,17 +87,19 @@ def test_every_task_has_a_score_for_every_metric_it_names() -> None:
             ),
             "choice": ([Choice("0", "q", ("a", "b"), 1)], {}, [""]),
         }[task.family]
-        scores = {name: value for rule in rules for name, value in score(task, examples, guesses, rule=rule).items()}
+        scores = {
+            name: value for rule in rules for name, value in score(task, examples, predictions, rule=rule).items()
+        }
         assert scores.keys() == set(task.metrics)
         assert all(value.value is not None for value in scores.values())
         assert task.selection in task.metrics
 
 
 def test_mrpc_is_chosen_by_what_is_reported_and_its_f1_is_binary() -> None:
-    gold, guess = ["1"] * 6 + ["0"] * 4, ["1"] * 5 + ["0"] * 3 + ["1"] * 2
-    value = score(TASKS["mrpc"], pairs(gold), said(guess), resamples=0)["f1"].value
-    assert value == pytest.approx(f1_score(gold, guess, pos_label="1"))
-    assert abs(value - f1_score(gold, guess, average="macro")) > 0.05
+    gold, prediction = ["1"] * 6 + ["0"] * 4, ["1"] * 5 + ["0"] * 3 + ["1"] * 2
+    value = score(TASKS["mrpc"], pairs(gold), said(prediction), resamples=0)["f1"].value
+    assert value == pytest.approx(f1_score(gold, prediction, pos_label="1"))
+    assert abs(value - f1_score(gold, prediction, average="macro")) > 0.05
     assert TASKS["mrpc"].selection == "f1"
 
 
@@ -149,11 +151,11 @@ def test_an_answer_that_cannot_be_read_is_wrong_and_not_left_out() -> None:
     assert read_original("\nSemelhança: quatro\nConsequência: 1") == PairPrediction()
     assert read_original("\nConsequência: 10") == PairPrediction()
     gold = pairs(["Entailment"] * 4 + ["None"] * 4, [5.0, 4.0, 5.0, 4.0, 1.0, 2.0, 1.0, 2.0])
-    guesses = {pair.id: PairPrediction(pair.label, pair.score) for pair in gold} | {
+    predictions = {pair.id: PairPrediction(pair.label, pair.score) for pair in gold} | {
         "0": read_original("não sei"),
         "4": PairPrediction(),
     }
-    scores = score(TASKS["assin2"], gold, guesses, resamples=0)
+    scores = score(TASKS["assin2"], gold, predictions, resamples=0)
     assert scores["accuracy"].value == 0.75
     assert scores["accuracy"].n == 8
     assert scores["mse"].value == (25 + 1) / 8
@@ -170,10 +172,10 @@ def test_the_original_prompt_is_word_for_word() -> None:
 
 def test_calame_is_scored_under_a_rule_with_a_name() -> None:
     """ "Exact match" folded accents and case, generated 5 tokens whatever was asked, and penalised repetition."""
-    gold, guesses = [LastWord("0", "O", "Árvores")], {"0": WordPrediction(" arvores, e")}
-    values = {rule: score(TASKS["calame"], gold, guesses, rule=rule) for rule in RULES}
+    gold, predictions = [LastWord("0", "O", "Árvores")], {"0": WordPrediction(" arvores, e")}
+    values = {rule: score(TASKS["calame"], gold, predictions, rule=rule) for rule in RULES}
     assert {rule: list(scores) for rule, scores in values.items()} == {rule: [f"exact_match:{rule}"] for rule in RULES}
-    assert [value.value for scores in values.values() for value in scores.values()] == [1.0, 1.0, 0.0]
+    assert [value.value for scores in values.values() for value in scores.values()] == [1.0, 1.0, 1.0, 0.0]
     assert (RULES["paper"].max_new_tokens, RULES["paper"].repetition_penalty) == (5, 2.0)
     assert RULES["first-word"].repetition_penalty == RULES["strict"].repetition_penalty == 1.0
     likely = score(TASKS["calame"], gold, {"0": WordPrediction(None, math.log(0.25), True)}, rule="log-likelihood")

@@ -20,11 +20,11 @@ def labelled(count: int, right: float, seed: int = 0) -> tuple[list[Pair], dict[
     draws = np.random.RandomState(seed)
     examples = [Pair(str(i), "x", "y", "None" if i % 3 else "Entailment", 1.0 + i % 5) for i in range(count)]
     other = {"None": "Entailment", "Entailment": "None"}
-    guesses = {
+    predictions = {
         e.id: PairPrediction(e.label if draws.rand() < right else other[e.label], e.score + draws.normal())
         for e in examples
     }
-    return examples, guesses
+    return examples, predictions
 
 
 def test_an_accuracy_has_wilsons_interval() -> None:
@@ -37,43 +37,49 @@ def test_an_accuracy_has_wilsons_interval() -> None:
 
 
 def test_bootstraps_are_the_same_each_time_and_hold_the_value() -> None:
-    examples, guesses = labelled(300, 0.8)
-    first = score(TASKS["assin2"], examples, guesses)
-    assert first == score(TASKS["assin2"], examples, guesses)
-    assert first != score(TASKS["assin2"], examples, guesses, seed=1)
+    examples, predictions = labelled(300, 0.8)
+    first = score(TASKS["assin2"], examples, predictions)
+    assert first == score(TASKS["assin2"], examples, predictions)
+    assert first != score(TASKS["assin2"], examples, predictions, seed=1)
     for name, value in first.items():
         assert value.low < value.value < value.high, name
     # Without a bootstrap, Wilson's is still there.
-    bare = score(TASKS["assin2"], examples, guesses, resamples=0)
+    bare = score(TASKS["assin2"], examples, predictions, resamples=0)
     assert [name for name, value in bare.items() if value.low is not None] == ["accuracy"]
 
 
 def test_a_bootstrap_is_as_wide_as_theory_has_it() -> None:
-    examples, guesses = labelled(2000, 0.8)
-    found = score(TASKS["assin2"], examples, guesses, resamples=2000)
+    examples, predictions = labelled(2000, 0.8)
+    found = score(TASKS["assin2"], examples, predictions, resamples=2000)
     r, n = found["pearson"].value, 2000
     fisher = [math.tanh(math.atanh(r) + sign * 1.96 / math.sqrt(n - 3)) for sign in (-1, 1)]
     assert found["pearson"].high - found["pearson"].low == pytest.approx(fisher[1] - fisher[0], rel=0.15)
-    errors = [(guesses[e.id].score - e.score) ** 2 for e in examples]
+    errors = [(predictions[e.id].score - e.score) ** 2 for e in examples]
     assert found["mse"].high - found["mse"].low == pytest.approx(2 * 1.96 * np.std(errors) / math.sqrt(n), rel=0.1)
 
 
 def test_examples_of_a_context_are_drawn_together() -> None:
     """Ten questions a context, all right or all wrong: the interval is of 40 contexts, not of 400 questions."""
     spans = [Span(str(i), "q", "c", (("x", 0),), group=f"context {i // 10}") for i in range(400)]
-    guesses = {span.id: SpanPrediction("x" if int(span.id) // 10 % 2 else "y") for span in spans}
-    found = score(TASKS["squad1"], spans, guesses)["exact_match"]
+    predictions = {span.id: SpanPrediction("x" if int(span.id) // 10 % 2 else "y") for span in spans}
+    found = score(TASKS["squad1"], spans, predictions)["exact_match"]
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.15)
+
+
+@pytest.mark.parametrize(("answer", "low", "high"), [("y", 0.0, 3.8414588 / 43.8414588), ("x", 0.9123783, 1.0)])
+def test_none_right_and_all_right_have_an_interval(answer: str, low: float, high: float) -> None:
+    """0 of 63 was 0.0000 to 0.0000, as every resample is the same. Of n contexts it is Wilson's, z² / (n + z²)."""
+    spans = [Span(str(i), "q", "c", (("x", 0),), group=f"context {i // 10}") for i in range(400)]
+    found = score(TASKS["squad1"], spans, {span.id: SpanPrediction(answer) for span in spans})
+    for name in ("exact_match", "f1_pt"):
+        assert (found[name].low, found[name].high) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_twin_schemas_are_drawn_together_and_others_are_not() -> None:
     def width(groups: int) -> float:
         choices = [Choice(str(i), "", ("a", "b"), 0, str(i // groups)) for i in range(200)]
-        found = score(
-            TASKS["wsc"],
-            choices,
-            {c.id: ChoicePrediction(((-1.0, -2.0), (-2.0, -1.0))[int(c.id) // 2 % 2]) for c in choices},
-        )["acc"]
+        logs = {c.id: ChoicePrediction(((-1.0, -2.0), (-2.0, -1.0))[int(c.id) // 2 % 2]) for c in choices}
+        found = score(TASKS["wsc"], choices, logs)["acc"]
         return found.high - found.low
 
     assert width(2) == pytest.approx(math.sqrt(2) * width(1), rel=0.15)
@@ -82,8 +88,8 @@ def test_twin_schemas_are_drawn_together_and_others_are_not() -> None:
 def test_a_resample_without_a_class_still_has_the_class() -> None:
     """Two examples of a rare class: a third of ... resamples have none, and its F1 is 0 there."""
     examples = [Pair(str(i), "x", "y", "None" if i > 1 else "Entailment") for i in range(50)]
-    guesses = {e.id: PairPrediction(e.label) for e in examples}
-    found = score(TASKS["assin2-entailment"], examples, guesses)["macro_f1"]
+    predictions = {e.id: PairPrediction(e.label) for e in examples}
+    found = score(TASKS["assin2-entailment"], examples, predictions)["macro_f1"]
     assert (found.value, found.low, found.high) == (1.0, 0.5, 1.0)
 
 

@@ -90,7 +90,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.jsonl: no such file; give predictions that gloria.evaluate wrote$"):
         read_predictions(TASKS["wsc"], path, PAIRS)
     path.write_text(
-        '{"id": "1", "label": "None"}\n{"id": "2", "log_likelihoods": ["1"]}\n{"id": "2", "log_likelihoods": [-1.5]}\n{"id": "2"}\n'
+        '{"id": "1", "label": "None"}\n{"id": "2", "log_likelihoods": ["1"]}\n'
+        '{"id": "2", "log_likelihoods": [-1.5]}\n{"id": "2"}\n'
         '{"id": "3", "log_likelihoods": [-1.5]}\n'
     )
     with pytest.raises(UserError) as error:

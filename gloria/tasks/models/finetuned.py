@@ -136,7 +136,7 @@ def _flat(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.double().reshape(len(value), -1) for value in outputs.values()], dim=1)
 
 
-def guesses(
+def to_predictions(
     tuned: FinetunedModel, examples: Sequence[Example], rows: Sequence[Row], outputs: np.ndarray
 ) -> dict[str, Prediction]:
     """Answers by example id, from what `row_outputs` gave for the rows."""
@@ -166,7 +166,7 @@ def predict(
     """The answers to all examples, the same on every rank, and how they were encoded; arguments as of `row_outputs`."""
     encoded = encode(tuned, examples, training=False)
     outputs = row_outputs(tuned, encoded.rows, batch_size, process, before_batch)
-    return guesses(tuned, examples, encoded.rows, outputs), encoded
+    return to_predictions(tuned, examples, encoded.rows, outputs), encoded
 
 
 def whole_state(model: TaskModel, keep: bool) -> dict[str, Tensor]:

@@ -47,9 +47,9 @@ ORIGINAL_TOKENS = 24  # " Semelhança: 4.5 / Consequência: 1" in any tokenizer
 
 @dataclass(frozen=True)
 class Answers:
-    """Guesses by example id; by which rule and in what way they came about; prompts that were cut to fit."""
+    """Predictions by example id, the rule and method that made them, and how many prompts were cut to fit."""
 
-    guesses: dict[str, Prediction]
+    predictions: dict[str, Prediction]
     method: str
     cut: int
     rule: str = ""
@@ -105,9 +105,9 @@ def _pairs(
             else:
                 weights = np.exp(values - values.max())
                 found[example.id]["score"] = float(weights @ np.array(asked.values, float) / weights.sum())
-    guesses: dict[str, Prediction] = {name: PairPrediction(**values) for name, values in found.items()}
+    predictions: dict[str, Prediction] = {name: PairPrediction(**values) for name, values in found.items()}
     way = "log-likelihood of the answers (a score is their mean, weighted by probability)"
-    return Answers(guesses, f"{asking.shots} shots, {way}", cut)
+    return Answers(predictions, f"{asking.shots} shots, {way}", cut)
 
 
 def _choices(
@@ -121,10 +121,10 @@ def _choices(
     asked = [example for example in examples if example.choices]
     prompts = [_with_shots(task, example, train, asking, "") for example in asked]
     logs, cut = _answer_logs(loaded, prompts, asking.batch, process)
-    guesses: dict[str, Prediction] = {}
+    predictions: dict[str, Prediction] = {}
     for example, values in zip(asked, logs):
-        guesses[example.id] = ChoicePrediction(tuple(values.tolist()))
-    return Answers(guesses, f"{asking.shots} shots, log-likelihood of the answers", cut)
+        predictions[example.id] = ChoicePrediction(tuple(values.tolist()))
+    return Answers(predictions, f"{asking.shots} shots, log-likelihood of the answers", cut)
 
 
 def _original(
@@ -140,8 +140,10 @@ def _original(
     texts = [original_prompt(example, _shots(example, train, asking)) for example in examples]
     settings = Settings(ORIGINAL_TOKENS, is_over=lambda text: read_original(text + "\n") != PairPrediction())
     ((written, cut),), _ = continuations(loaded, texts, [settings], asking.batch, process)
-    guesses: dict[str, Prediction] = {example.id: read_original(text) for example, text in zip(examples, written)}
-    return Answers(guesses, f"{asking.shots} shots, the original's prompt, greedy; what cannot be read is wrong", cut)
+    predictions: dict[str, Prediction] = {example.id: read_original(text) for example, text in zip(examples, written)}
+    return Answers(
+        predictions, f"{asking.shots} shots, the original's prompt, greedy; what cannot be read is wrong", cut
+    )
 
 
 def _words(loaded: Loaded, examples: Sequence[LastWord], asking: EvalSettings, process: Process) -> Iterator[Answers]:
@@ -163,16 +165,16 @@ def _words(loaded: Loaded, examples: Sequence[LastWord], asking: EvalSettings, p
             logs |= found
     for name in asking.rules:
         if name == LOG_LIKELIHOOD:
-            guesses: dict[str, Prediction] = {
+            predictions: dict[str, Prediction] = {
                 examples[number].id: WordPrediction(log_likelihood=float(log), greedy=bool(greedy))
                 for number, (log, greedy) in logs.items()
             }
-            yield Answers(guesses, "log-likelihood of the gold word", cut_words, name)
+            yield Answers(predictions, "log-likelihood of the gold word", cut_words, name)
             continue
         rule, (continued, cut) = RULES[name], written[name]
-        guesses = {example.id: WordPrediction(text=text) for example, text in zip(examples, continued)}
+        predictions = {example.id: WordPrediction(text=text) for example, text in zip(examples, continued)}
         penalty = f", repetition penalty {rule.repetition_penalty:g}" if rule.repetition_penalty != 1 else ""
-        yield Answers(guesses, f"greedy, at most {rule.max_new_tokens} tokens{penalty}", cut, name)
+        yield Answers(predictions, f"greedy, at most {rule.max_new_tokens} tokens{penalty}", cut, name)
 
 
 def _shots(example: Example, train: Sequence[Example], asking: EvalSettings) -> list[Example]:

@@ -107,7 +107,8 @@ def test_wrong_tables(tmp_path: Path) -> None:
     assert told("rte", tmp_path, "dev") == ["D/dev.tsv: has no rows; get the file again"]
     path.write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
     assert told("rte", tmp_path, "dev") == [
-        "D/dev.tsv: no example is labelled; only a test split may be without labels"
+        "D/dev.tsv: no example is labelled (it has no column label or Quality, but index, sentence1, sentence2); only "
+        "a test split may be without labels"
     ]
     path.write_bytes(HEADER.encode() + b"0\tol\xe1\tb\tentailment\n")
     assert told("rte", tmp_path, "dev") == ["D/dev.tsv:2: is not UTF-8; convert the file"]

@@ -20,11 +20,11 @@ from gloria.tasks.models.finetuned import (
     FinetunedModel,
     Inputs,
     encode,
-    guesses,
     load_tuned,
     row_outputs,
     save_tuned,
     task_heads,
+    to_predictions,
 )
 from gloria.tasks.models.heads import TaskModel, initialise_heads
 from tests.tasks.tiny import FAMILIES, make_folder, write_assin, write_squad
@@ -70,7 +70,7 @@ def outputs(folder: Path, examples: list[Example], batch: int, process: Process)
     tuned = load_tuned(folder, process.device)
     rows = encode(tuned, examples, training=False).rows
     found = row_outputs(tuned, rows, batch, process)
-    scores = score(tuned.task, examples, guesses(tuned, examples, rows, found), resamples=0)
+    scores = score(tuned.task, examples, to_predictions(tuned, examples, rows, found), resamples=0)
     return found, {name: value.value for name, value in scores.items()}
 
 
