@@ -6,11 +6,11 @@ What reads checkpoints is imported where it is needed: it takes torch, and --sta
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gloria.config.cli import argument_parser
+from gloria.config.cli import option, parse
 from gloria.dist.config import CheckpointConfig
 from gloria.dist.manifest import checkpoints_folder, step_of
 from gloria.dist.run_lock import STATUS, RunStatus, lock_run, read_status, release_run
@@ -24,30 +24,33 @@ if TYPE_CHECKING:
 EXIT_STATUS = {"done": 0, "stopped": 75, "running": 75, "failed": 1}
 
 
+@dataclass(frozen=True)
+class CheckpointsOptions:
+    """Which run, and what to do with its checkpoints."""
+
+    run: Path = option(help="the run's folder")
+    verify: bool = option(False, "read every byte and compare it with its hash")
+    prune: bool = option(False, "delete all but the newest, and litter of dead launches")
+    keep: int = option(
+        CheckpointConfig.keep, "newest checkpoints --prune leaves; a damaged one must not be the end", minimum=2
+    )
+    keep_every: int = option(0, "steps whose multiples --prune leaves (0: none)", minimum=0)
+    status: bool = option(False, "print how the run stands; exit 0 done, 75 to be continued, 1 failed")
+
+
 def main(argv: list[str] | None = None) -> int:
     """List a run's checkpoints, or do what one flag says. Exit status 1: something is not valid (or the run
     failed)."""
-    defaults = CheckpointConfig()
-    parser = argument_parser("python -m gloria.checkpoints", "What checkpoints a run has, and how it stands.")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run's folder")
-    parser.add_argument("--verify", action="store_true", help="read every byte and compare it with its hash")
-    parser.add_argument("--prune", action="store_true", help="delete all but the newest, and litter of dead launches")
-    parser.add_argument("--keep", type=int, default=defaults.keep, help="newest checkpoints --prune leaves, at least 2")
-    parser.add_argument("--keep-every", type=int, default=0, help="steps whose multiples --prune leaves (0: none)")
-    parser.add_argument(
-        "--status",
-        action="store_true",
-        help="print how the run stands; exit 0 done, 75 to be continued, 1 failed",
-    )
-    arguments = parser.parse_args(argv)
-    run_dir: Path = arguments.run
+    arguments = parse(
+        CheckpointsOptions,
+        argv,
+        prog="python -m gloria.checkpoints",
+        description="What checkpoints a run has, and how it stands.",
+        recipe=False,
+    ).config
+    run_dir = arguments.run
     if not run_dir.is_dir():
         raise UserError(f"--run: {run_dir} is not a folder; name a run's folder (runs/NAME)")
-    if arguments.keep < 2 or arguments.keep_every < 0:
-        raise UserError(
-            f"--keep {arguments.keep} --keep-every {arguments.keep_every}: a damaged one must not be "
-            "the end of the run; give --keep 2 or more and --keep-every 0 or more"
-        )
     if arguments.status:
         status = status_of(run_dir)
         print(describe_status(status, time.time()))

@@ -65,11 +65,11 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     """Look, tell, and give 2 where something is wrong."""
     environment = read_environment()
+    config, plan, problem = _read_recipe(argv)
     try:
         start_process_group("cpu", WAIT_MINUTES)
     except (RuntimeError, ValueError) as error:
         raise UserError(_not_joined(environment, error)) from None
-    config, plan, problem = _read_recipe(argv)
     facts = gather(
         {
             "node": socket.gethostname(),
@@ -141,7 +141,11 @@ def _not_joined(environment: Environment, error: Exception) -> str:
 def _read_recipe(argv: list[str] | None) -> tuple[PretrainConfig | None, RunPlan | None, str]:
     """The recipe and its plan, or what is wrong with them: on one node alone that must not leave the others waiting."""
     try:
-        config = read_pretrain_config(argv)
+        config = read_pretrain_config(
+            argv,
+            prog="python -m gloria.doctor",
+            description="Check whether this machine, or every node of this job, is fit for a run of gloria.pretrain.",
+        )
         return config, plan_run(config), ""
     except UserError as error:
         return None, None, "; ".join(error.problems)

@@ -23,20 +23,20 @@ if __name__ == "__main__" and any(word.startswith("--watch") for word in sys.arg
     # Before torch is imported (seconds): a stop signal is kept from here on.
     install_stop_handlers("the watch stops after this score")
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gloria.config.cli import argument_parser, suggest
+from gloria.config.cli import Problems, option, parse, suggest
 from gloria.dist.agreement import require_same
 from gloria.dist.manifest import run_and_step
 from gloria.dist.process import Process, leave_process_group, rank0_decides, start_process_group, stop_process_group
 from gloria.tasks import evaluation
 from gloria.tasks.catalog import TASKS, find_task
 from gloria.tasks.compare import compare_models
-from gloria.tasks.evaluation import PERPLEXITY, Options, about
+from gloria.tasks.evaluation import PERPLEXITY, Options, Request, about
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.models.backbones import Loaded
 from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, corpus_texts
@@ -46,7 +46,55 @@ from gloria.tasks.submissions import save_predictions
 from gloria.tasks.watch import watch
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is scored, on what, and how."""
+
+    task: str = option(help="one, or several with commas between them")
+    model: str | None = option(None, "a run, a checkpoint, a fine-tuned model or a Hugging Face folder")
+    watch: Path | None = option(None, "a run: score each of its checkpoints as it appears")
+    poll: float = option(30.0, "seconds between two looks of --watch", above=0, maximum=600)
+    data: str | None = option(
+        None,
+        "folder of the files, one for all tasks or one for each, with commas between them; default, also for one that "
+        "is left empty: a sample that comes with gloria, for perplexity the run's own corpus",
+    )
+    split: str | None = option(None, "default: test, or dev where tests are hidden", choices=("train", "dev", "test"))
+    out: Path | None = option(None, "folder for results.json and predictions; default: under runs/evaluate")
+    method: str = option(LIKELIHOOD, "how pairs are asked", choices=(LIKELIHOOD, GENERATION))
+    shots: int | None = option(None, "solved examples before each; default 0, with generation 5", minimum=0)
+    seed: int = option(0, "of the shots", minimum=0)
+    rule: str | None = option(None, f"of last words: {', '.join((*RULES, LOG_LIKELIHOOD))}; default: all of them")
+    length: int | None = option(None, "tokens of a window of text; default: all that the model sees", minimum=1)
+    stride: int | None = option(None, "tokens that a window of text scores; default: half of its length", minimum=1)
+    batch: int = option(16, "rows at a time", minimum=1)
+    precision: str = option("fp32", "of the weights", choices=("fp32", "bf16"))
+    device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    compare: tuple[Path, Path] | None = option(None, "A B: runs, evaluations or predictions.jsonl")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return list(dict.fromkeys(self.task.split(",")))
+
+    @property
+    def requests(self) -> list[Request]:
+        """Each task with its files."""
+        tasks = [None if name == PERPLEXITY else find_task(name) for name in self.names]
+        folders = (self.data or "").split(",")
+        folders *= len(tasks) if len(folders) == 1 else 1
+        return [
+            (task, Path(folder) if folder else task and sample_folder(task)) for task, folder in zip(tasks, folders)
+        ]
+
+    @property
+    def options(self) -> Options:
+        """What a score depends on."""
+        return Options(*(getattr(self, field.name) for field in dataclasses.fields(Options)))
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Score, watch or compare."""
     arguments = read_arguments(argv)
     if arguments.compare:
         ((task, _),) = arguments.requests
@@ -57,9 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     process = start_process_group(arguments.device, timeout_minutes=30)
     try:
-        require_same(
-            process, {f"--{key}": value for key, value in vars(arguments).items() if key not in ("requests", "options")}
-        )
+        require_same(process, {f"--{key}": value for key, value in vars(arguments).items()})
         report_data(arguments, process)
         status = (watch_run if arguments.watch else score_model)(arguments, process)
     except (UserError, SystemExit):
@@ -69,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def score_model(arguments: argparse.Namespace, process: Process) -> int:
+def score_model(arguments: EvaluateOptions, process: Process) -> int:
     """Score a model on every task; write the results after each, and print them."""
     source, scored = evaluation.load_and_score(arguments.model, arguments.requests, arguments.options, process)
     tasks = [{"task": name, **about(one, arguments.options)} for name, one in zip(arguments.names, arguments.requests)]
@@ -96,7 +142,7 @@ def score_model(arguments: argparse.Namespace, process: Process) -> int:
     return 0
 
 
-def results_number(arguments: argparse.Namespace, request: dict[str, Any]) -> int:
+def results_number(arguments: EvaluateOptions, request: dict[str, Any]) -> int:
     """The number of the folder for the results; of --out always 1, or a UserError if it has others' results."""
     if arguments.out is None:
         return free_number(default_folder(arguments.model, arguments.task), request)
@@ -109,7 +155,7 @@ def results_number(arguments: argparse.Namespace, request: dict[str, Any]) -> in
     return 1
 
 
-def watch_run(arguments: argparse.Namespace, process: Process) -> int:
+def watch_run(arguments: EvaluateOptions, process: Process) -> int:
     """Score the checkpoints of a run as they appear; what can be checked of the tasks is checked before the first."""
     for task, folder in arguments.requests:
         if task is not None:
@@ -130,80 +176,53 @@ def watch_run(arguments: argparse.Namespace, process: Process) -> int:
     return watch(arguments.watch, tasks, arguments.poll, process, load, score)
 
 
-def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, and made of them `names` of tasks, `requests` and `options`; or a UserError."""
-    parser = argument_parser("python -m gloria.evaluate", f"Score a model. Tasks: {', '.join(TASKS)}, {PERPLEXITY}.")
-    parser.add_argument("--task", required=True, help="one, or several with commas between them")
-    parser.add_argument("--model", help="a run, a checkpoint, a fine-tuned model or a Hugging Face folder")
-    parser.add_argument("--watch", type=Path, metavar="RUN", help="score each checkpoint of this run as it appears")
-    parser.add_argument("--poll", type=float, default=30.0, help="seconds between two looks of --watch, up to 600")
-    parser.add_argument(
-        "--data",
-        help="folder of the files, one for all tasks or one for each, with commas between them; default, also for "
-        "one that is left empty: a sample that comes with gloria, for perplexity the run's own corpus",
-    )
-    parser.add_argument(
-        "--split", choices=("train", "dev", "test"), help="default: test, or dev where tests are hidden"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for results.json and predictions; default: under runs/evaluate"
-    )
-    parser.add_argument("--method", choices=(LIKELIHOOD, GENERATION), default=LIKELIHOOD, help="how pairs are asked")
-    parser.add_argument("--shots", type=int, help="solved examples before each; default 0, with generation 5")
-    parser.add_argument("--seed", type=int, default=0, help="of the shots")
-    parser.add_argument("--rule", help=f"of last words: {', '.join((*RULES, LOG_LIKELIHOOD))}; default: all of them")
-    parser.add_argument("--length", type=int, help="tokens of a window of text; default: all that the model sees")
-    parser.add_argument("--stride", type=int, help="tokens that a window of text scores; default: half of its length")
-    parser.add_argument("--batch", type=int, default=16, help="rows at a time")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
-    )
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="runs, evaluations or predictions.jsonl"
-    )
-    arguments = parser.parse_args(argv)
-    arguments.names = list(dict.fromkeys(arguments.task.split(",")))
-    tasks = [None if name == PERPLEXITY else find_task(name) for name in arguments.names]
+def read_arguments(argv: list[str] | None) -> EvaluateOptions:
+    """The flags, or a UserError with everything that is wrong with them."""
+    return parse(
+        EvaluateOptions,
+        argv,
+        prog="python -m gloria.evaluate",
+        description=f"Score a model. Tasks: {', '.join(TASKS)}, {PERPLEXITY}.",
+        recipe=False,
+        check=_contradictions,
+    ).config
+
+
+def _contradictions(arguments: EvaluateOptions) -> Problems:
+    if arguments.task is None:  # missing, which is reported
+        return
+    try:
+        requests = arguments.requests
+    except UserError as error:
+        yield ("task",), str(error)
+        return
+    families = {task.family if task else PERPLEXITY for task, _ in requests}
     known = [*RULES, LOG_LIKELIHOOD]
-    options = arguments.options = Options(*(getattr(arguments, field.name) for field in dataclasses.fields(Options)))
-    problems = [f"--rule: unknown rule {rule}; {suggest(rule, known)}" for rule in options.rules if rule not in known]
-    numbers = {"batch": 1, "shots": 0, "length": 1, "stride": 1, "seed": 0}
-    problems += [
-        f"--{name}: must be at least {least}, not {getattr(arguments, name)}"
-        for name, least in numbers.items()
-        if getattr(arguments, name) is not None and getattr(arguments, name) < least
-    ]
+    options = arguments.options
+    for rule in options.rules:
+        if rule not in known:
+            yield ("rule",), f"unknown rule {rule}; {suggest(rule, known)}"
     folders = (arguments.data or "").split(",")
-    if len(folders) not in (1, len(tasks)):
-        problems.append(f"--data: {len(folders)} folders for {len(tasks)} tasks; give one, or one for each")
-    folders *= len(tasks) if len(folders) == 1 else 1
-    arguments.requests = [
-        (task, Path(folder) if folder else task and sample_folder(task)) for task, folder in zip(tasks, folders)
-    ]
-    families = {task.family if task else PERPLEXITY for task in tasks}
-    unused = options.given().keys() - options.given(families).keys()
-    problems += [f"--{flag}: no task of {arguments.task} uses it; leave it out" for flag in sorted(unused)]
+    if len(folders) not in (1, len(requests)):
+        yield ("data",), f"{len(folders)} folders for {len(requests)} tasks; give one, or one for each"
+    for flag in sorted(options.given().keys() - options.given(families).keys()):
+        yield (flag,), f"no task of {arguments.task} uses it; leave it out"
     if arguments.compare:
-        beside = [flag for flag in ("model", "watch", "out") if getattr(arguments, flag)]
-        problems += [f"--{flag}: --compare reads predictions alone; leave it out" for flag in beside]
-        if tasks == [None] or len(tasks) > 1:
-            problems.append("--task: --compare is for one task; name one")
+        for flag in ("model", "watch", "out"):
+            if getattr(arguments, flag):
+                yield (flag,), "--compare reads predictions alone; leave it out"
+        if families == {PERPLEXITY} or len(requests) > 1:
+            yield ("task",), "--compare is for one task; name one"
     elif bool(arguments.model) == bool(arguments.watch):
-        found = "both are given" if arguments.model else "neither is given"
-        problems.append(f"--model and --watch: {found}; give a model's folder, or a run to watch")
+        found = "both it and --watch are given" if arguments.model else "neither it nor --watch is given"
+        yield ("model", "watch"), f"{found}; give a model's folder, or a run to watch"
     elif arguments.watch and arguments.out:
-        problems.append(f"--out: --watch writes in {arguments.watch} itself, and no predictions; leave it out")
-    elif (None, None) in arguments.requests and arguments.model and not run_and_step(Path(arguments.model)):
-        problems.append(f"--data: is missing; {arguments.model} is no run with a corpus of its own, so name a text")
-    if not 0 < arguments.poll <= 600:
-        problems.append(f"--poll: {arguments.poll:g} s is no pause; give up to 600, such as 30")
-    if problems:
-        raise UserError(*problems)
-    return arguments
+        yield ("out",), f"--watch writes in {arguments.watch} itself, and no predictions; leave it out"
+    elif (None, None) in requests and arguments.model and not run_and_step(Path(arguments.model)):
+        yield ("data",), f"is missing; {arguments.model} is no run with a corpus of its own, so name a text"
 
 
-def report_data(arguments: argparse.Namespace, process: Process) -> None:
+def report_data(arguments: EvaluateOptions, process: Process) -> None:
     """Print which data are used where none are named, and what they are good for."""
     given = (arguments.data or "").split(",") * len(arguments.requests)
     for (task, _), named in zip(arguments.requests, given):

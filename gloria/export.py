@@ -9,10 +9,10 @@ whole models for a fine-tuned one, whose logits are compared.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from gloria.config.cli import argument_parser
+from gloria.config.cli import Problems, option, parse
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.errors import UserError, run_command
 from gloria.model.config import TransformerConfig, count_parameters
@@ -21,42 +21,63 @@ from gloria.model.huggingface import write_folder
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported, and how."""
+
+    out: Path = option(help="the folder to make; it must not be there yet")
+    run: Path | None = option(None, "the run's folder")
+    tuned: Path | None = option(None, "instead: a fine-tuned model with one head, or its run")
+    step: int | None = option(None, "of which step; by default the newest checkpoint that is whole", minimum=0)
+    precision: str = option("fp32", "of the stored weights", choices=tuple(DTYPES))
+    dtype: str | None = option(None, "an older name of --precision", choices=tuple(DTYPES))
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser("python -m gloria.export", "Turn a run or a fine-tuned model into a Hugging Face folder.")
-    parser.add_argument("--run", type=Path, help="the run's folder")
-    parser.add_argument("--tuned", type=Path, help="instead: a fine-tuned model with one head, or its run")
-    parser.add_argument("--step", type=int, help="of which step; by default the newest checkpoint that is whole")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not be there yet")
-    parser.add_argument("--precision", "--dtype", choices=tuple(DTYPES), default="fp32", help="of the stored weights")
-    arguments = parser.parse_args(argv)
+    """Export a run's checkpoint, or a fine-tuned model."""
+    arguments = parse(
+        ExportOptions,
+        argv,
+        prog="python -m gloria.export",
+        description="Turn a run or a fine-tuned model into a Hugging Face folder.",
+        recipe=False,
+        check=_contradictions,
+    ).config
     if arguments.tuned:
         return export_tuned(arguments)
-    if not arguments.run:
-        raise UserError("--run: is missing; give a run's folder, or --tuned with a fine-tuned model's")
+    assert arguments.run is not None
 
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     shape = TransformerConfig.from_dict(read_trainer(checkpoint)["model"])
     tensors = read_full_tensors(checkpoint, "model.")
-    dtype = DTYPES[arguments.precision]
+    dtype = DTYPES[arguments.dtype or arguments.precision]
     write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", dtype)
     print(f"{arguments.out}: {count_parameters(shape)['total']:,} parameters ({dtype}) from {checkpoint}")
     return 0
 
 
-def export_tuned(arguments: argparse.Namespace) -> int:
+def _contradictions(arguments: ExportOptions) -> Problems:
+    if not arguments.tuned:
+        if not arguments.run:
+            yield ("run",), "is missing; give a run's folder, or --tuned with a fine-tuned model's"
+        return
+    if arguments.run:
+        yield ("tuned", "run"), "stands for a model of its own beside --run; give one of them"
+    if arguments.step is not None:
+        yield ("step",), "is for --run; leave it out"
+    if DTYPES[arguments.dtype or arguments.precision] != "float32":
+        yield ("precision",), "is for --run, a fine-tuned model stays fp32; leave it out"
+    if arguments.out and arguments.out.exists():
+        yield ("out",), f"{arguments.out} is already there; give another folder or remove it"
+
+
+def export_tuned(arguments: ExportOptions) -> int:
     """A fine-tuned model as the class of transformers that has its head."""
     # transformers' models take seconds to import, and a run's export has no use for them.
     from gloria.tasks.models.export import export_head
     from gloria.tasks.models.finetuned import find_tuned
 
-    if arguments.run:
-        raise UserError("--tuned: stands for a model of its own beside --run; give one of them")
-    if arguments.step is not None:
-        raise UserError("--step: is for --run; leave it out")
-    if DTYPES[arguments.precision] != "float32":
-        raise UserError("--precision: is for --run, a fine-tuned model stays fp32; leave it out")
-    if arguments.out.exists():
-        raise UserError(f"--out: {arguments.out} is already there; give another folder or remove it")
+    assert arguments.tuned is not None
     folder = find_tuned(arguments.tuned)
     if folder is None:
         raise UserError(f"--tuned: {arguments.tuned} holds no task.json; give the folder that a fine-tuning wrote")

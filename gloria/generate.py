@@ -7,26 +7,48 @@ The same flags give the same text on the same machine: the seed is 0 by default.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gloria.config.cli import argument_parser
+from gloria.config.cli import Problems, option, parse
 from gloria.errors import UserError, run_command, warn
 from gloria.model.decode import begin, end_ids
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import load_model
 
-# What sampling takes where a flag is not given; with --greedy none of them may be.
-_SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 0}
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")  # with --greedy none of them has an effect
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What is continued, and how."""
+
+    model: Path = option(help="a run, one of its checkpoints, or a Hugging Face folder")
+    prompt: str = option(help='the text to continue; "" begins a document')
+    max_new_tokens: int = option(128, "at most; less where the text ends", minimum=1)
+    greedy: bool = option(False, "always the likeliest token, no sampling")
+    temperature: float = option(0.8, "below 1 more likely tokens, above 1 more variety", above=0)
+    top_k: int = option(0, "sample among the K likeliest tokens, 0: among all", minimum=0)
+    top_p: float = option(0.95, "sample among the likeliest that make up this share", above=0, maximum=1)
+    seed: int = option(0, "of the sampling", minimum=0)
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    arguments = _read_arguments(argv)
+    """Print the prompt and its continuation."""
+    arguments = parse(
+        GenerateOptions,
+        argv,
+        prog="python -m gloria.generate",
+        description="Continue a text with a run or a Hugging Face folder.",
+        recipe=False,
+        check=_contradictions,
+    ).config
     loaded = load_model(str(arguments.model), language_model=True)
     model, tokenizer = loaded.language_model, loaded.tokenizer
     assert model is not None
@@ -50,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def sample(logits: Tensor, arguments: argparse.Namespace) -> Tensor:
+def sample(logits: Tensor, arguments: GenerateOptions) -> Tensor:
     """Draw the next token of each row, (rows,), from logits (rows, vocab): temperature, then top-k, then top-p.
 
     Top-p (arXiv 1904.09751) keeps the smallest set of likeliest tokens that make up the share, so always one.
@@ -93,49 +115,12 @@ def new_token_limit(prompt_tokens: int, max_new_tokens: int, positions: int | No
     return min(max_new_tokens, room)
 
 
-def _read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argument_parser("python -m gloria.generate", "Continue a text with a run or a Hugging Face folder.")
-    parser.add_argument(
-        "--model", type=Path, required=True, help="a run, one of its checkpoints, or a Hugging Face folder"
-    )
-    parser.add_argument("--prompt", required=True, help='the text to continue; "" begins a document')
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="at most; less where the text ends")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token, no sampling")
-    parser.add_argument("--temperature", type=float, help="below 1 more likely tokens, above 1 more variety; 0.8")
-    parser.add_argument("--top-k", type=int, help="sample among the K likeliest tokens, 0: among all; 0")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest that make up this share; 0.95")
-    parser.add_argument("--seed", type=int, help="of the sampling; 0")
-    arguments = parser.parse_args(argv)
-    bounds = {
-        "max_new_tokens": (lambda n: n >= 1, "a whole number from 1 on"),
-        "temperature": (lambda t: 0 < t < float("inf"), "a number above 0 (or use --greedy)"),
-        "top_k": (lambda k: k >= 0, "a whole number from 0 on"),
-        "top_p": (lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
-        "seed": (lambda s: 0 <= s < 2**63, "a whole number from 0 to 2^63 - 1"),
-    }
-    problems = [
-        f"{_flag(name)}: must be {what}, not {value}"
-        for name, (allowed, what) in bounds.items()
-        if (value := getattr(arguments, name)) is not None and not allowed(value)
-    ]
-    if arguments.greedy:
-        problems += [
-            f"{_flag(name)}: has no effect with --greedy; leave one of them out"
-            for name in _SAMPLING
-            if getattr(arguments, name) is not None
-        ]
-    if not arguments.model.is_dir():
-        problems.append(f"--model: {arguments.model} is no folder; give a run, a checkpoint or a Hugging Face folder")
-    if problems:
-        raise UserError(*problems)
-    for name, value in _SAMPLING.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    return arguments
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _contradictions(arguments: GenerateOptions) -> Problems:
+    for item in dataclasses.fields(arguments):
+        if arguments.greedy and item.name in _SAMPLING and getattr(arguments, item.name) != item.default:
+            yield (item.name,), "has no effect with --greedy; leave one of them out"
+    if arguments.model and not arguments.model.is_dir():
+        yield ("model",), f"{arguments.model} is no folder; give a run, a checkpoint or a Hugging Face folder"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gloria.config.cli import argument_parser
+from gloria.config.cli import option
 from gloria.dist.environment import read_environment
 from gloria.dist.gpus import CARDS, ELEMENT_BYTES, GPU, gpus_here, precision_on, read_gpus
 from gloria.errors import UserError, run_command, warn
@@ -95,23 +95,30 @@ class Estimate:
         return None if self.compute is None else max(self.compute, self.network)
 
 
+@dataclass(frozen=True)
+class PlanConfig(PretrainConfig):
+    """A recipe of gloria.pretrain, and the machine it is planned for."""
+
+    gpus: str | None = option(
+        None, f"NUMBERxCARD, by default this machine's; cards: {' '.join(card.name for card in CARDS)}"
+    )
+    mfu: float = option(0.4, "share of the dense peak that training reaches", above=0, maximum=1)
+    network: float = option(25.0, f"GB/s that a GPU sends to other nodes (of {NODE} GPUs)", above=0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the plan."""
-    parser = argument_parser(
-        "python -m gloria.plan",
-        "What a pre-training run will need and cost. It takes gloria.pretrain's flags, too.",
+    config = read_pretrain_config(
+        argv,
+        PlanConfig,
+        prog="python -m gloria.plan",
+        description="What a pre-training run will need and cost.",
+        world=lambda config: _gpus(config)[0],
+        check=_unknown_gpus,
+        needs_corpus=False,
     )
-    parser.add_argument("--gpus", help=f"NUMBERxCARD, default: this machine's; {' '.join(card.name for card in CARDS)}")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the dense peak that training reaches")
-    parser.add_argument("--network", type=float, default=25.0, help="GB/s a GPU sends to other nodes (of 8 GPUs)")
-    arguments, recipe = parser.parse_known_args(argv)
-    if not 0 < arguments.mfu <= 1:
-        raise UserError(f"--mfu: {arguments.mfu:g} is no share; give one above 0 and up to 1, such as 0.4")
-    if not arguments.network > 0:
-        raise UserError(f"--network: {arguments.network:g} GB/s moves nothing; give a positive number")
-    gpus, card = read_gpus(arguments.gpus, "--gpus") if arguments.gpus else this_machine()
-    machine = Machine(gpus, card, arguments.mfu, arguments.network)
-    job = read_job(recipe, machine)
+    machine = Machine(*_gpus(config), config.mfu, config.network)
+    job = read_job(config, machine)
     for line in lines_of(job, machine):
         print(textwrap.fill(line, 116, subsequent_indent=" " * 13))
     for line in job.warnings:
@@ -129,9 +136,23 @@ def this_machine() -> tuple[int, GPU]:
     )
 
 
-def read_job(argv: list[str], machine: Machine) -> Job:
+def _gpus(config: PlanConfig) -> tuple[int, GPU]:
+    """How many GPUs of which kind; where `_unknown_gpus` has a problem, those of this machine."""
+    try:
+        return read_gpus(config.gpus) if config.gpus else this_machine()
+    except UserError:
+        return this_machine()
+
+
+def _unknown_gpus(config: PlanConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    try:
+        read_gpus(config.gpus or CARDS[0].name)
+    except UserError as error:
+        yield ("gpus",), str(error)
+
+
+def read_job(config: PretrainConfig, machine: Machine) -> Job:
     """The recipe as it would run on the machine; `UserError` has everything that is wrong with it."""
-    config = read_pretrain_config(argv, machine.gpus)
     try:
         precision, why = precision_on(
             config.train.precision, None if machine.card.name == "processor" else machine.card

@@ -8,13 +8,13 @@ documents into files. It is made beside its place and renamed when whole.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gloria.config.cli import argument_parser
+from gloria.config.cli import option, parse
 from gloria.data.corpus import MANIFEST, Manifest, open_corpus, write_manifest
 from gloria.data.prepare.inputs import (
     INPUTS,
@@ -35,40 +35,37 @@ from gloria.files import partial_folder, publish, size_text
 DISK_PER_TEXT_BYTE = 1.5  # the texts compressed, and two copies of their tokens
 
 
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Which corpus is made, and how."""
+
+    recipe: Path = option(help="what the corpus is made of; its keys are listed below", positional="RECIPE.toml")
+    out: Path | None = option(None, "the corpus folder, instead of the recipe's out")
+    workers: int = option(available_cores(), "processes; any number makes the same corpus", minimum=1)
+    budget_tokens: int | None = option(None, "report how many epochs of each source so many tokens are", minimum=1)
+    verify: bool = option(False, "a corpus that is there: check all its hashes")
+    force: bool = option(False, "a corpus that is there: make it again")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser("python -m gloria.prepare", "Make a corpus of token shards from raw text.")
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="what the corpus is made of")
-    parser.add_argument("--out", metavar="DIR", help="the corpus folder, instead of the recipe's out")
-    parser.add_argument(
-        "--workers",
-        type=_count,
-        metavar="N",
-        default=available_cores(),
-        help="processes; any number makes the same corpus",
-    )
-    parser.add_argument("--budget-tokens", type=_count, metavar="N", help="tells how many epochs N training tokens are")
-    parser.add_argument("--verify", action="store_true", help="a corpus that is there: check all its hashes")
-    parser.add_argument("--force", action="store_true", help="a corpus that is there: make it again")
-    flags = parser.parse_args(argv)
-    recipe = read_recipe(flags.recipe)
+    """Make the corpus, or check the one that is there."""
+    flags = parse(
+        PrepareOptions,
+        argv,
+        prog="python -m gloria.prepare",
+        description="Make a corpus of token shards from raw text.",
+        recipe=False,
+        file_keys=Recipe,
+    ).config
+    where = str(flags.recipe)
+    recipe = read_recipe(where)
     out = Path(flags.out or recipe.out)
     if (out / MANIFEST).exists() and not flags.force:
-        manifest = check(recipe, flags.recipe, out, verify=flags.verify)
+        manifest = check(recipe, where, out, verify=flags.verify)
     else:
-        manifest = make(recipe, flags.recipe, out, flags.workers, replace=flags.force)
+        manifest = make(recipe, where, out, flags.workers, replace=flags.force)
     print("\n".join(report(manifest, flags.budget_tokens)))
     return 0
-
-
-def _count(text: str) -> int:
-    """A whole number of at least 1; 35.5e9 is one too."""
-    try:
-        number = float(text.replace("_", ""))
-    except ValueError:
-        number = 0.0
-    if number < 1 or number != int(number):
-        raise argparse.ArgumentTypeError(f'"{text}" is no whole number of at least 1')
-    return int(number)
 
 
 def make(recipe: Recipe, where: str, out: Path, workers: int, *, replace: bool) -> Manifest:

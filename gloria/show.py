@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gloria.config.cli import argument_parser
+from gloria.config.cli import option, parse
 from gloria.data.corpus import Corpus, open_corpus
 from gloria.data.mixture import Mixture, mixture_from_state
 from gloria.data.stages import Stage, stage_at
@@ -29,19 +30,25 @@ from gloria.files import parse_json_object, read_bounded
 START = "mixture.json"  # what a launch writes before its first step
 
 
+@dataclass(frozen=True)
+class ShowOptions:
+    """Which samples are shown, and how."""
+
+    run: Path = option(help="the run's folder")
+    step: int = option(help="which step, counted from 0", minimum=0)
+    world: int = option(1, "ranks that the rows are dealt out to", minimum=1)
+    text: bool = option(False, "with the text of each window, from the run's corpus")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the samples of one step."""
-    parser = argument_parser("python -m gloria.show", "Show which samples a step of a run takes, past or future.")
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--step", type=int, required=True, help="which step, counted from 0")
-    parser.add_argument("--world", type=int, default=1, help="ranks that the rows are dealt out to")
-    parser.add_argument("--text", action="store_true", help="with the text of each window, from the run's corpus")
-    arguments = parser.parse_args(argv)
-    if arguments.step < 0:
-        raise UserError(f"--step: {arguments.step} is no step; they count from 0")
-    if arguments.world < 1:
-        raise UserError(f"--world: {arguments.world} is no number of ranks; give at least 1")
-
+    arguments = parse(
+        ShowOptions,
+        argv,
+        prog="python -m gloria.show",
+        description="Show which samples a step of a run takes, past or future.",
+        recipe=False,
+    ).config
     mixture, state = read_run(arguments.run)
     for gap in mixture.left_out:
         print(f"left out: samples {gap.start}:{gap.stop}", file=sys.stderr)

@@ -80,7 +80,6 @@ def test_mistakes_end_in_one_line(run: tuple, tmp_path: Path, capsys: pytest.Cap
         f"error: {tmp_path}/checkpoints: holds no checkpoint",
         f"error: {folder}/checkpoints: holds no checkpoint of step 15; there are steps 10, 20",
         f"error: {tmp_path}: is there already; remove it or choose another --out",
-        "error: --precision/--dtype: invalid choice: 'int8' (choose from 'fp32', 'bf16', 'float32', 'bfloat16'); "
-        "see --help",
+        'error: --dtype: unknown value "int8"; one of "fp32", "bf16", "float32", "bfloat16"',
     ]
     assert list(tmp_path.iterdir()) == []

@@ -156,11 +156,11 @@ def test_mistakes_are_reported_all_at_once(capsys: pytest.CaptureFixture[str]) -
     flags = ["--max-new-tokens", "0", "--temperature", "0", "--top-k", "-1", "--top-p", "1.5", "--seed", "-3"]
     assert run_command(main, ["--model", "models/none", "--prompt", "x", *flags]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: --max-new-tokens: must be a whole number from 1 on, not 0",
-        "error: --temperature: must be a number above 0 (or use --greedy), not 0.0",
-        "error: --top-k: must be a whole number from 0 on, not -1",
-        "error: --top-p: must be a number above 0 and at most 1, not 1.5",
-        "error: --seed: must be a whole number from 0 to 2^63 - 1, not -3",
+        "error: --max-new-tokens: 0 is too small; give at least 1",
+        "error: --temperature: 0.0 is too small; give more than 0",
+        "error: --top-k: -1 is too small; give at least 0",
+        "error: --top-p: 1.5 is too large; give at most 1",
+        "error: --seed: -3 is too small; give at least 0",
         "error: --model: models/none is no folder; give a run, a checkpoint or a Hugging Face folder",
     ]
 

@@ -60,7 +60,7 @@ def graph(root: Path = REPOSITORY) -> dict[str, set[str]]:
 
 def room(module: str) -> str:
     """The folder below gloria/ that a module lies in; files of the root are rooms of their own, or commands."""
-    name = module.split(".")[1] if "." in module else module
+    name = module.split(".")[1] if "." in module else "errors"  # the package itself holds its version and no more
     return name if name in FLOOR else "commands"
 
 

@@ -16,6 +16,7 @@ from gloria.dist.state import shard_rows
 from gloria.errors import run_command
 from gloria.model.config import PRESETS, count_parameters, flops_per_token, parameter_shapes
 from gloria.model.memory import executed_flops_per_token, traffic_per_step
+from gloria.train.config import read_pretrain_config
 
 RECIPE = ["--config", "launch/gloria-1.3b.toml", "--gpus", "4xA100-40GB"]
 
@@ -76,12 +77,12 @@ def test_the_plans_beside_the_recipes_are_what_plan_says(name: str, capsys: pyte
 
 
 def test_half_the_mfu_is_twice_the_time_and_a_slow_network_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
-    def gpu_hours(*flags: str) -> float:
-        words = told(capsys, *RECIPE, *flags)["time"].split()
+    def gpu_hours(*flags: str, gpus: str = "4xA100-40GB") -> float:
+        words = told(capsys, *RECIPE[:2], "--gpus", gpus, *flags)["time"].split()
         return float(words[words.index("GPU-hours") - 1].replace(",", ""))
 
     assert gpu_hours("--mfu", "0.2") == pytest.approx(2 * gpu_hours(), rel=0.01)
-    fast, slow = (gpu_hours("--gpus", "32xA100-40GB", "--network", speed) for speed in ("5", "0.5"))
+    fast, slow = (gpu_hours("--network", speed, gpus="32xA100-40GB") for speed in ("5", "0.5"))
     assert gpu_hours() < fast < slow / 5
     assert gpu_hours("--network", "2.5") == gpu_hours(), "a node of 8 does not use the network"
 
@@ -96,10 +97,11 @@ def test_a_table_from_1_to_1024_gpus_that_says_where_a_job_does_not_fit(capsys: 
 
 
 def test_what_fits_grows_with_checkpointing_and_is_the_largest_that_does() -> None:
-    machine = plan.Machine(4, read_gpus("A100-40GB", "")[1], 0.4, 25)
+    machine = plan.Machine(4, read_gpus("A100-40GB")[1], 0.4, 25)
     largest = []
     for mode in plan.MODES:
-        job = plan.read_job([*RECIPE[:2], "--train.activation_checkpointing", mode, "--data.corpus", "no"], machine)
+        recipe = [*RECIPE[:2], "--train.activation_checkpointing", mode, "--data.corpus", "no"]
+        job = plan.read_job(read_pretrain_config(recipe, world=lambda config: 4), machine)
         found = plan.largest_that_fits(job, machine, 4, 128)
         assert found is not None
         assert found.fits
@@ -168,10 +170,11 @@ def test_gpus_of_this_machine(name, count, card, tmp_path: Path, monkeypatch: py
     ("arguments", "line"),
     [
         (["--gpus", "4xA100-4GB"], '--gpus: unknown card "A100-4GB"; did you mean "A100-40GB"?'),
+        (["--gpus", "4xA100"], '--gpus: unknown card "A100"; did you mean "A100-80GB" or "A100-40GB"?'),
         (["--gpus", "h10"], '--gpus: unknown card "h10"; did you mean "H100"?'),
         (["--gpus", "0xH100"], "--gpus: 0xH100 is no number of GPUs; give at least 1, as in 1xH100"),
-        (["--gpus", "H100", "--mfu", "40"], "--mfu: 40 is no share; give one above 0 and up to 1, such as 0.4"),
-        (["--gpus", "H100", "--network", "0"], "--network: 0 GB/s moves nothing; give a positive number"),
+        (["--gpus", "H100", "--mfu", "40"], "--mfu: 40.0 is too large; give at most 1"),
+        (["--gpus", "H100", "--network", "0"], "--network: 0.0 is too small; give more than 0"),
         (
             ["--gpus", "5xH100"],
             "launch/demo.toml: train.micro_batch: 5 ranks do not divide train.global_batch 24; set that to 25",
@@ -197,7 +200,7 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.C
 def test_cards_have_names_of_their_own() -> None:
     assert len({card.name.upper() for card in CARDS}) == len(CARDS)
     for card in CARDS:
-        assert read_gpus(f"3x{card.name.lower()}", "") == (3, card)
+        assert read_gpus(f"3x{card.name.lower()}") == (3, card)
         assert card.fp32 < card.fp16
         assert card.bf16 in (None, card.fp16)
     assert card_of_cuda_name("Tesla V100-SXM2-16GB").name == "V100-16GB"

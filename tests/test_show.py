@@ -174,8 +174,8 @@ def test_what_is_asked_for_wrongly(tmp_path: Path, corpus_folder: Path, capsys) 
     )
     assert error_of(capsys, run, 0) == expected
     save(run, mixture_on(corpus_folder, {"wiki": 1}), corpus_folder)
-    assert error_of(capsys, run, -1) == "error: --step: -1 is no step; they count from 0\n"
-    assert error_of(capsys, run, 0, "--world", "0") == "error: --world: 0 is no number of ranks; give at least 1\n"
+    assert error_of(capsys, run, -1) == "error: --step: -1 is too small; give at least 0\n"
+    assert error_of(capsys, run, 0, "--world", "0") == "error: --world: 0 is too small; give at least 1\n"
     expected = "error: --world: 5 ranks cannot share the 12 rows of step 0; give a divisor\n"
     assert error_of(capsys, run, 0, "--world", "5") == expected
 

@@ -1,92 +1,87 @@
-"""Recipes (TOML) and flags in one tree, one checker and one error format.
+"""One command line for all commands: a dataclass of options, a recipe in TOML where there is one, flags over it.
 
 `parse` reads a TOML file into a dataclass tree and lays flags over it (`--train.steps 200`,
-`--data.weights.ptwiki 0.2`). Problems are lines `FILE: key: what; remedy` or `--flag: what; remedy`, all at
-once. Imports no torch, so that a recipe is checked in a blink.
+`--data.weights.ptwiki 0.2`). Flags are written in kebab or snake case. Problems are lines `FILE: key: what; remedy`
+or `--flag: what; remedy`, all at once. Imports no torch, so that a recipe is checked at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import os
-import re
 import textwrap
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from gloria.config.schema import (
     Report,
     build,
     default_of,
-    dotted_keys,
-    flatten,
+    flag_name,
     from_mapping,
     keys,
+    leaves,
     members,
+    nearest_key,
     option,
     required,
     suggest,
     to_mapping,
     type_name,
 )
-from gloria.config.toml import read_toml, show_value, write_toml
+from gloria.config.toml import parse_toml, read_toml, show_value, write_toml
 from gloria.errors import UserError
 
-__all__ = [
-    "Parsed",
-    "argument_parser",
-    "from_mapping",
-    "option",
-    "parse",
-    "read_toml",
-    "show_value",
-    "suggest",
-    "to_mapping",
-    "to_toml",
-]
+__all__ = ["Parsed", "from_mapping", "option", "parse", "read_toml", "show_value", "suggest", "to_mapping", "to_toml"]
 
 C = TypeVar("C")
+Problems = Iterable[tuple[Sequence[str], str]]  # (the keys involved, what is wrong and what to do)
 
 CONFIG_FLAG = "--config"
+_TEXT = {str, Path}
+_PLACEHOLDERS = {Path: "PATH", int: "N", str: "TEXT"}
 
 
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
-    """What `parse` read: the checked recipe, and where each key was given."""
+    """What `parse` read: the checked options, and where each key was given."""
 
     config: C
-    where: str  # the file as the user named it
-    given: dict[str, str]  # "train.steps" -> "--train.steps" (a flag) or the file's name
+    where: str  # the recipe's file as the user named it; empty for a command without recipe
+    given: dict[str, str]  # "train.steps" -> "--train.steps", for the keys that a flag gave
 
 
 def parse(
     cls: type[C],
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     *,
     prog: str,
     description: str = "",
+    recipe: bool = True,
     default_config: str | os.PathLike[str] | None = None,
+    file_keys: type | None = None,
     rivals: Sequence[tuple[str, str]] = (),
-    check: Callable[[C], Iterable[tuple[Sequence[str], str]]] = lambda config: (),
+    check: Callable[[C], Problems] = lambda config: (),
+    later: Callable[[Parsed[C]], object] = lambda parsed: None,
 ) -> Parsed[C]:
     """The recipe in `--config FILE` (or `default_config`) with flags laid over it, checked as one.
 
-    `rivals` are pairs of keys of which one as a flag clears the other of the file. `check` yields impossible
-    combinations as (keys, what): told at the first key, unless one of them is reported already. In what it
-    sees, a wrong value stands at its default, or at None where it has none. `--help` prints every field and
-    exits.
+    Without `recipe` there are only flags, and words without a flag for the `positional` options. `rivals` are pairs of
+    keys of which one as a flag clears the other of the file. `check` yields impossible combinations as (keys, what):
+    reported at the first key, unless one of them is reported already. `later` is what the command does next with the
+    options: where something is wrong, it is tried as well and the problems of its `UserError` are added. In what both
+    see, a wrong value stands at its default, or at None where it has none. `--help` prints every option (and the keys
+    of a file that the command reads, `file_keys`) and exits.
     """
-    flags = _read_flags(cls, argv)
+    flags = _read_flags(cls, list(argv or ()), recipe)
     if flags.help:
-        print(_help_text(cls, prog, description, default_config))
+        print(_help_text(cls, prog, description, recipe, default_config, file_keys))
         raise SystemExit(0)
     path = flags.config if flags.config is not None else default_config
-    where = str(path) if path is not None else prog
+    where = str(path) if path is not None else prog if recipe else ""
     try:
         values = read_toml(path) if path is not None else {}
     except UserError as error:
@@ -94,19 +89,26 @@ def parse(
     for key, rival in [pair for a, b in rivals for pair in ((a, b), (b, a))]:
         if key in flags.given and rival not in flags.given:
             _remove(values, rival.split("."))
-    given = dict.fromkeys(flatten(values), where)
-    for key, (parts, value) in flags.overrides.items():
+    for parts, value in flags.overrides.values():
         _put(values, parts, value)
-        given = {old: place for old, place in given.items() if not old.startswith(f"{key}.")}
-    given |= flags.given
-    report = Report(where, given, flags.problems, dotted_keys(cls))
+    report = Report(where, flags.given, flags.problems, leaves(cls))
     config = build(cls, values, "", report)
     for involved, what in check(config):
         if not any(bad == key or bad.startswith(f"{key}.") for bad in report.bad for key in involved):
             report.add(involved[0], what)
+    parsed = Parsed(config, where, flags.given)
     if report.problems:
-        raise UserError(*report.problems)
-    return Parsed(config, where, given)
+        raise UserError(*report.problems, *_problems_beside(report.bad, lambda: later(parsed)))
+    return parsed
+
+
+def _problems_beside(bad: Sequence[str], action: Callable[[], object]) -> list[str]:
+    """The problems that `action` meets, without those that come from a value already known to be wrong."""
+    try:
+        action()
+    except UserError as error:
+        return [line for line in error.problems if not any(key in line or flag_name(key) in line for key in bad)]
+    return []
 
 
 def to_toml(instance: Any) -> str:
@@ -114,25 +116,10 @@ def to_toml(instance: Any) -> str:
     return write_toml(to_mapping(instance)).strip() + "\n"
 
 
-def argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """An `argparse` parser for a command without a recipe; its complaints are `UserError`s in our format."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    return _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("argument "):
-            raise UserError(f"{message.removeprefix('argument ')}; see --help")
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            raise UserError(f"{unknown[1]}: unknown flag; {suggest(unknown[1], known)}")
-        raise UserError(f"{self.prog}: {message}; see --help")
-
-
 @dataclass
 class _Flags:
+    """The command line as it was read."""
+
     config: str | None = None
     help: bool = False
     given: dict[str, str] = field(default_factory=dict)  # key -> flag
@@ -140,39 +127,52 @@ class _Flags:
     problems: list[str] = field(default_factory=list)
 
 
-def _read_flags(cls: type, argv: Sequence[str]) -> _Flags:
+def _read_flags(cls: type, words: list[str], recipe: bool) -> _Flags:
     flags = _Flags()
-    words = list(argv)
+    places = [
+        (key, item.metadata["positional"]) for key, (item, _) in keys(cls).items() if "positional" in item.metadata
+    ]
     while words:
-        flag, has_value, text = words.pop(0).partition("=")
+        word = words.pop(0)
+        flag, has_value, text = word.partition("=")
         if flag in ("--help", "-h"):
             flags.help = True
-            continue
-        if not flag.startswith("--"):
-            flags.problems.append(f"{flag}{has_value}{text}: is no flag; flags begin with --")
-            continue
-        name = flag.removeprefix("--")
-        parts, kind = ([CONFIG_FLAG], str) if flag == CONFIG_FLAG else _locate(cls, name)
-        if not has_value and kind is bool and words[:1] not in (["true"], ["false"]):
-            text = "true"
-        elif not has_value and words and not words[0].startswith("--"):
-            text = words.pop(0)
-        elif not has_value and kind is not None:
-            flags.problems.append(f"{flag}: needs a value; write {flag} VALUE")
-            continue
-        key = ".".join(parts)
-        if kind is None:
-            flags.problems.append(f"{flag}: {_unknown_flag(cls, name)}")
-        elif key in flags.given:
-            flags.problems.append(f"{flag}: given twice; give it once")
-        elif flag == CONFIG_FLAG:
-            flags.config = text
+        elif not flag.startswith("--") and places:
+            key, flags.given[key] = places.pop(0)
+            flags.overrides[key] = ([key], word)
+        elif not flag.startswith("--"):
+            flags.problems.append(f"{word}: is no flag; flags begin with --")
         else:
-            flags.overrides[key] = (parts, _flag_value(text, kind))
-        if kind is not None:
-            flags.given[key] = flag
+            _read_flag(cls, flag, text if has_value else None, words, flags, recipe)
     flags.given.pop(CONFIG_FLAG, None)
     return flags
+
+
+def _read_flag(cls: type, flag: str, text: str | None, words: list[str], flags: _Flags, recipe: bool) -> None:
+    """One flag: its value is `text` (--flag=text) or else taken from the front of `words`."""
+    is_config = recipe and flag == CONFIG_FLAG
+    parts, kind = ([CONFIG_FLAG], str) if is_config else _locate(cls, flag.removeprefix("--"))
+    key, texts = ".".join(parts), [] if text is None else [text]
+    # A pair of paths is two words; other lists are one, in TOML or with commas.
+    items = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
+    takes = len(items) if items and _TEXT.issuperset(items) and text is None else 1
+    if text is None:
+        if kind is bool and words[:1] not in (["true"], ["false"]):
+            texts = ["true"]
+        while words and not words[0].startswith("--") and len(texts) < takes:
+            texts.append(words.pop(0))
+    if kind is None:
+        flags.problems.append(f"{flag}: {_unknown_flag(cls, flag.removeprefix('--'), recipe)}")
+    elif not texts:
+        flags.problems.append(f"{flag}: needs a value; write {flag} VALUE")
+    elif key in flags.given:
+        flags.problems.append(f"{flag}: given twice; give it once")
+    elif is_config:
+        flags.config = texts[0]
+    else:
+        flags.overrides[key] = (parts, texts if takes > 1 else _flag_value(texts[0], kind))
+    if kind is not None:
+        flags.given[key] = flag
 
 
 def _locate(cls: type, name: str) -> tuple[list[str], Any]:
@@ -196,23 +196,31 @@ def _locate(cls: type, name: str) -> tuple[list[str], Any]:
     return parts, None if dataclasses.is_dataclass(kind) else kind
 
 
-def _unknown_flag(cls: type, name: str) -> str:
-    known = [CONFIG_FLAG.removeprefix("--"), *dotted_keys(cls)]
-    if any(flag.startswith(f"{name}.") for flag in known):
+def _unknown_flag(cls: type, name: str, recipe: bool) -> str:
+    known = leaves(cls)
+    if any(key.startswith(f"{name}.") for key in known):
         return f"is a section; set one of its keys, --{name}.KEY VALUE"
-    same_key = [flag for flag in known if flag.split(".")[-1] == name.split(".")[-1].replace("-", "_")]
-    near = same_key or difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag; did you mean --{near[0]}?" if near else "unknown flag; see --help"
+    near = nearest_key(name.replace("-", "_"), [*known, *([CONFIG_FLAG.removeprefix("--")] if recipe else [])], known)
+    return f"unknown flag; did you mean {flag_name(near)}?" if near else "unknown flag; see --help"
 
 
 def _flag_value(text: str, kind: Any) -> Any:
-    """A flag's text read as TOML; what is no TOML value is a string, as all is for a field of strings."""
+    """A flag's text read as TOML, except for a field of text; what is no TOML value is a string.
+
+    `1e9` is a whole number too, and a list may be given without its brackets.
+    """
+    possible = members(kind)
+    if _TEXT.issuperset(possible):
+        return text
+    bare_list = typing.get_origin(possible[0]) in (list, tuple) and not text.startswith("[")
     try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        table = parse_toml(f"value = [{text}]" if bare_list else f"value = {text}")
+    except ValueError:
         return text
     value = table["value"] if len(table) == 1 else text
-    return text if members(kind) == (str,) and not isinstance(value, str) else value
+    if isinstance(value, float) and value.is_integer() and int in possible and float not in possible:
+        return int(value)
+    return value
 
 
 def _put(values: dict[str, Any], parts: list[str], value: Any) -> None:
@@ -231,12 +239,22 @@ def _remove(values: dict[str, Any], parts: list[str]) -> None:
     values.pop(parts[-1], None)
 
 
-def _help_text(cls: type, prog: str, description: str, default: Any) -> str:
-    lines = [f"usage: {prog} [{CONFIG_FLAG} FILE] [--section.key VALUE ...]", ""]
+def _help_text(cls: type, prog: str, description: str, recipe: bool, default: Any, file_keys: type | None) -> str:
+    usage = [
+        item.metadata.get("positional") or f"{flag_name(key)} {_PLACEHOLDERS.get(kind, 'VALUE')}"
+        for key, (item, kind) in keys(cls).items()
+        if required(item) and not dataclasses.is_dataclass(kind)
+    ]
+    usage += [f"[{CONFIG_FLAG} FILE] [--section.key VALUE ...]" if recipe else "[--flag VALUE ...]"]
+    lines = [f"usage: {prog} {' '.join(usage)}", ""]
     lines += [*textwrap.wrap(description, 100), ""] if description else []
-    lines += [f"  {CONFIG_FLAG} FILE", f"      the recipe, in TOML{f' (default {default})' if default else ''}"]
-    lines += ["", "Each key of the recipe is also a flag, and a flag wins over the file:"]
-    return "\n".join([*lines, *_help_lines(cls, "")])
+    if recipe:
+        lines += [f"  {CONFIG_FLAG} FILE", f"      the recipe, in TOML{f' (default {default})' if default else ''}"]
+        lines += ["", "Each key of the recipe is also a flag, and a flag wins over the file:"]
+    lines += _help_lines(cls, "")
+    if file_keys:
+        lines += ["", "Keys of the file:", *_help_lines(file_keys, "", in_file_only=True)]
+    return "\n".join(lines)
 
 
 def _help_lines(cls: type, prefix: str, *, in_file_only: bool = False) -> list[str]:
@@ -246,7 +264,8 @@ def _help_lines(cls: type, prefix: str, *, in_file_only: bool = False) -> list[s
         inner, path = members(kind)[0], f"{prefix}{key}"
         origin, arguments = typing.get_origin(inner), typing.get_args(inner)
         if dataclasses.is_dataclass(inner):
-            sections += ["", f"[{path}] {_first_line(inner)}", *_help_lines(inner, f"{path}.")]
+            sections += ["", f"[{path}] {_first_line(inner)}"]
+            sections += _help_lines(inner, "" if in_file_only else f"{path}.", in_file_only=in_file_only)
             continue
         if origin is list and dataclasses.is_dataclass(arguments[0]):
             sections += ["", f"[[{path}]] {_first_line(arguments[0])} (in the file only)"]
@@ -254,8 +273,10 @@ def _help_lines(cls: type, prefix: str, *, in_file_only: bool = False) -> list[s
             continue
         name, shown = (f"{path}.NAME", arguments[1]) if origin is dict else (path, kind)
         choices = ", ".join(map(show_value, item.metadata.get("choices", ())))
-        default = "required" if required(item) else f"default {show_value(default_of(item))}"
-        plain.append(f"  {'' if in_file_only else '--'}{name}  ({choices or type_name(shown)}; {default})")
+        default = default_of(item)
+        state = "required" if required(item) else "optional" if default is None else f"default {show_value(default)}"
+        name = item.metadata.get("positional") or (name if in_file_only else flag_name(name))
+        plain.append(f"  {name}  ({choices or type_name(shown)}; {state})")
         indent = " " * 6
         plain += textwrap.wrap(item.metadata.get("help", ""), 100, initial_indent=indent, subsequent_indent=indent)
     return plain + sections

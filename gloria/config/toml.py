@@ -11,34 +11,58 @@ from typing import Any
 
 from gloria.errors import UserError
 
+DEEPEST = 16  # tables and lists within each other: more than any recipe has, and safe for recursion
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table in a TOML text; ValueError also for one that is nested too deeply or holds a giant number."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        inner = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return table
+
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The table in a TOML file; a file that is missing, no text or no TOML is a `UserError` with its line."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_toml(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
-        what = found[1] if found else str(error)
-        place = f"line {found[2]}, column {found[3]}" if found and found[2] else "end of file"
-        raise UserError(f"{path}: {place}: {what[:1].lower()}{what[1:]}; mend the TOML there") from None
+        if not found:
+            raise UserError(f"{path}: {error}; write it in plain TOML") from None
+        place = f"line {found[2]}, column {found[3]}" if found[2] else "end of file"
+        raise UserError(f"{path}: {place}: {found[1][:1].lower()}{found[1][1:]}; correct the TOML there") from None
 
 
 def show_value(value: Any) -> str:
     """A value as TOML writes it, for recipes and error lines."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(show_value(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_key(key)} = {show_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, int) and value.bit_length() > 64:  # Python writes no more than 4300 decimal digits
+        return hex(value)
     return "not set" if value is None else str(value)
 
 

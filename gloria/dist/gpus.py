@@ -100,14 +100,14 @@ def card_of_cuda_name(cuda_name: str) -> GPU | None:
     return next((card for card in CARDS if re.fullmatch(card.cuda_name, name)), None)
 
 
-def read_gpus(text: str, flag: str) -> tuple[int, GPU]:
-    """`8xH100` as a number and a card; a card alone is one of it."""
+def read_gpus(text: str) -> tuple[int, GPU]:
+    """`8xH100` as a number and a card; a card alone is one of it. `UserError` says what is wrong with it."""
     count, name = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", text.strip(), re.IGNORECASE).groups()
     known = {card.name.upper(): card for card in CARDS}
     if name.upper() not in known:
-        raise UserError(f'{flag}: unknown card "{name}"; {suggest(name.upper(), known)}')
+        raise UserError(f'unknown card "{name}"; {suggest(name.upper(), known)}')
     if count is not None and int(count) < 1:
-        raise UserError(f"{flag}: {text} is no number of GPUs; give at least 1, as in 1x{known[name.upper()].name}")
+        raise UserError(f"{text} is no number of GPUs; give at least 1, as in 1x{known[name.upper()].name}")
     return int(count or 1), known[name.upper()]
 
 

@@ -16,7 +16,9 @@ class OptimConfig:
         "AdamW, or RAdam (arXiv 1908.03265), which needs no warm-up; both with decoupled weight decay",
         choices=("adamw", "radam"),
     )
-    lr: float = option(1e-4, "peak learning rate; larger models want a smaller one", above=0.0)
+    lr: float = option(
+        1e-4, "peak learning rate; use less for larger models", above=0.0, other_names=("learning_rate",)
+    )
     weight_decay: float = option(
         0.01, "share of lr by which weights shrink a step; biases, norms and embeddings never do", minimum=0.0
     )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from gloria.config.cli import option, parse
-from gloria.data.corpus import Corpus, open_corpus, source_fingerprint
+from gloria.config.cli import Parsed, Problems, option, parse
+from gloria.data.corpus import MANIFEST, Corpus, open_corpus, source_fingerprint
 from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
 from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
 from gloria.data.prepare.report import MOST_EPOCHS, weights_within
@@ -38,6 +38,7 @@ from gloria.train.sections import (
 )
 
 T = TypeVar("T")
+P = TypeVar("P", bound="PretrainConfig")
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo.toml"
 
@@ -63,7 +64,10 @@ class LengthSection:
         None, "passes over all windows of the sources in use taken together; this or steps", above=0
     )
     global_batch: int = option(
-        512, "windows a step, over all ranks: what the optimizer sees, whatever the machine", minimum=1
+        512,
+        "windows a step, over all ranks: what the optimizer sees, whatever the machine",
+        minimum=1,
+        other_names=("batch_size", "train_batch_size"),
     )
     micro_batch: int | None = option(
         None,
@@ -123,32 +127,55 @@ class RunPlan:
     warnings: tuple[str, ...]
 
 
-def read_pretrain_config(argv: Sequence[str] | None = None, world: int | None = None) -> PretrainConfig:
+def read_pretrain_config(
+    argv: Sequence[str] | None = None,
+    cls: type[P] = PretrainConfig,
+    *,
+    prog: str = "python -m gloria.pretrain",
+    description: str = "Pre-train a GPT-2 or GPT-Neo language model on a weighted mixture of token shards.",
+    world: Callable[[P], int] = lambda config: read_environment().world,
+    check: Callable[[P], Problems] = lambda config: (),
+    needs_corpus: bool = True,
+) -> P:
     """The recipe in `--config FILE` (without one, the demo's) with flags laid over it.
 
     `train.micro_batch` is filled in for `world` ranks, by default those at hand. A `UserError` has every problem:
-    unknown keys, wrong values and impossible combinations.
+    unknown keys, wrong values, impossible combinations, and what does not go with the corpus. `gloria.plan` adds
+    options of its own (`cls`) and their `check`, and does without a corpus.
     """
-    world = world or read_environment().world
+
+    def complete(parsed: Parsed[P]) -> P:
+        config = parsed.config
+        share = config.train.global_batch // world(config)
+        train = dataclasses.replace(config.train, micro_batch=config.train.micro_batch or share)
+        return dataclasses.replace(config, train=train, source_file=parsed.where, key_sources=parsed.given)
+
+    def look_further(config: P) -> None:
+        corpus_is_there = Path(config.data.corpus, MANIFEST).exists()
+        if corpus_is_there or (needs_corpus and not is_demo_to_prepare(config)):
+            _open(config)
+
     demo = os.path.relpath(DEMO) if DEMO.is_relative_to(Path.cwd()) else DEMO
     parsed = parse(
-        PretrainConfig,
-        list(argv or ()),
-        prog="python -m gloria.pretrain",
-        description="Pre-train a GPT-2 or GPT-Neo language model on a weighted mixture of token shards.",
+        cls,
+        argv,
+        prog=prog,
+        description=description,
         default_config=demo,
         rivals=[
             ("train.steps", "train.epochs"),
             ("model.preset", "model.from"),
             ("schedule.restarts", "schedule.restart_steps"),
         ],
-        check=lambda config: _contradictions(config, world),
+        check=lambda config: (*check(config), *_contradictions(config, world(config))),
+        later=lambda parsed: look_further(complete(parsed)),
     )
-    config = parsed.config
-    train = dataclasses.replace(
-        config.train, micro_batch=config.train.micro_batch or config.train.global_batch // world
-    )
-    return dataclasses.replace(config, train=train, source_file=parsed.where, key_sources=parsed.given)
+    return complete(parsed)
+
+
+def is_demo_to_prepare(config: PretrainConfig) -> bool:
+    """Whether this is the demo's own recipe and its corpus, which is then prepared on first use, is not there yet."""
+    return Path(config.source_file).resolve() == DEMO and not Path(config.data.corpus, MANIFEST).exists()
 
 
 def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -189,31 +216,9 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
     environment = read_environment()
     world = world or environment.world
     train = config.train
-    problems: list[str] = []
-
     # One rank hashes every byte; the others would only read them again.
-    verify = config.verify and environment.rank == 0
-    corpus = _attempt(lambda: open_corpus(config.data.corpus, verify=verify), problems)
-    vocab_size = int(corpus.manifest.tokenizer["vocab_size"]) if corpus else 1
-    shape = _attempt(
-        lambda: resolve_shape(config.model, vocab_size=vocab_size, sequence_length=train.sequence_length),
-        problems,
-    )
-    mixture = _attempt(lambda: _mixture(config, corpus), problems) if corpus else None
-    if problems:
-        raise with_location(config, UserError(*problems))
-    assert corpus is not None  # what failed is reported
-    assert shape is not None
-    assert mixture is not None
-
-    total_steps = train.steps
-    if total_steps is None:
-        total_steps = steps_for_epochs(mixture, train.epochs)
-    for keys, what in schedules.problems(config.schedule, total_steps):
-        problems.append(f"{keys[0]}: {what}")
-    _attempt(lambda: check_epochs(config, mixture, total_steps), problems)
-    if problems:
-        raise with_location(config, UserError(*problems))
+    corpus, shape, mixture, total_steps = _open(config, verify=config.verify and environment.rank == 0)
+    assert total_steps is not None
     return RunPlan(
         world=world,
         accumulation=train.global_batch // (train.micro_batch * world),
@@ -232,6 +237,35 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
             *_without_validation(config, corpus, mixture),
         ),
     )
+
+
+def _open(config: PretrainConfig, *, verify: bool = False) -> tuple[Corpus, TransformerConfig, Mixture, int | None]:
+    """The corpus, the model's shape, the mixture at the start of a run and its steps; every problem in one UserError.
+
+    In a recipe that has problems of its own, defaults stand in their places and the steps may be unknown.
+    """
+    train = config.train
+    problems: list[str] = []
+    corpus = _attempt(lambda: open_corpus(config.data.corpus, verify=verify), problems)
+    vocab_size = int(corpus.manifest.tokenizer["vocab_size"]) if corpus else 1
+    shape = _attempt(
+        lambda: resolve_shape(config.model, vocab_size=vocab_size, sequence_length=train.sequence_length),
+        problems,
+    )
+    mixture = _attempt(lambda: _mixture(config, corpus), problems) if corpus else None
+    total_steps = train.steps
+    if total_steps is None and train.epochs is not None and mixture:
+        total_steps = steps_for_epochs(mixture, train.epochs)
+    if total_steps is not None:
+        problems += [f"{keys[0]}: {what}" for keys, what in schedules.problems(config.schedule, total_steps)]
+        if mixture:
+            _attempt(lambda: check_epochs(config, mixture, total_steps), problems)
+    if problems:
+        raise with_location(config, UserError(*problems))
+    assert corpus is not None  # what failed is reported
+    assert shape is not None
+    assert mixture is not None
+    return corpus, shape, mixture, total_steps
 
 
 def check_epochs(config: PretrainConfig, mixture: Mixture, total_steps: int) -> None:

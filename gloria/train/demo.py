@@ -10,7 +10,7 @@ from pathlib import Path
 from gloria.data.corpus import MANIFEST
 from gloria.dist.environment import read_environment
 from gloria.errors import UserError
-from gloria.train.config import DEMO, PretrainConfig
+from gloria.train.config import DEMO, PretrainConfig, is_demo_to_prepare
 
 SAMPLE = DEMO.with_name("sample.toml")
 PATIENCE_SECONDS = 600  # the other ranks wait this long for a corpus that takes seconds
@@ -18,9 +18,9 @@ PATIENCE_SECONDS = 600  # the other ranks wait this long for a corpus that takes
 
 def prepare_demo_corpus(config: PretrainConfig) -> None:
     """Where `config` is the demo's own recipe and its corpus is not there yet, rank 0 makes it; the others wait."""
-    manifest = Path(config.data.corpus, MANIFEST)
-    if Path(config.source_file).resolve() != DEMO or manifest.exists():
+    if not is_demo_to_prepare(config):
         return
+    manifest = Path(config.data.corpus, MANIFEST)
     if read_environment().rank == 0:
         print(f"{config.data.corpus}: not there yet; preparing it from {SAMPLE.name}", flush=True)
         command = [sys.executable, "-m", "gloria.prepare", str(SAMPLE), "--out", config.data.corpus]

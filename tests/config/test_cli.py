@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gloria.config.cli import (
-    argument_parser,
     from_mapping,
     option,
     parse,
@@ -23,7 +22,7 @@ from gloria.config.cli import (
 )
 from gloria.config.schema import label
 from gloria.config.toml import show_value, write_toml
-from gloria.errors import UserError, run_command
+from gloria.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Train:
 class Data:
     """What is read."""
 
-    corpus: str = option(help="folder of the corpus")
+    corpus: str = option(help="folder of the corpus", other_names=("folder",))
     weights: dict[str, float] = option({}, "shares", minimum=0)
     from_: str | None = option(None, "where to begin")
 
@@ -119,7 +118,7 @@ def test_a_file_becomes_the_tree_it_says() -> None:
 @pytest.mark.usefixtures("folder")
 def test_flags_win_over_the_file_and_are_read_as_toml() -> None:
     parsed = read(
-        "--config=good.toml --train.steps 7 --train.betas [0.1,0.2] --train.compile false --train.stop-early "
+        "--config=good.toml --train.steps 7 --train.betas 0.1,0.2 --train.compile false --train.stop-early "
         "--data.weights.pt-wiki.v2 0.25 --data.from=x --out 2024 --dry-run --train.precision bf16 --seed -1"
     )
     train, data = parsed.config.train, parsed.config.data
@@ -197,7 +196,7 @@ def read_text(text: str) -> dict:
         ("--trian.steps 3", "--trian.steps: unknown flag; did you mean --train.steps?"),
         ("--train.step=3", "--train.step: unknown flag; did you mean --train.steps?"),
         ("--steps 3", "--steps: unknown flag; did you mean --train.steps?"),
-        ("--dry-rnu", "--dry-rnu: unknown flag; did you mean --dry_run?"),
+        ("--dry-rnu", "--dry-rnu: unknown flag; did you mean --dry-run?"),
         ("--qqq", "--qqq: unknown flag; see --help"),
         ("--train 3", "--train: is a section; set one of its keys, --train.KEY VALUE"),
         ("good.toml", "good.toml: is no flag; flags begin with --"),
@@ -205,7 +204,8 @@ def read_text(text: str) -> dict:
         ("--train.steps --dry-run", "--train.steps: needs a value; write --train.steps VALUE"),
         ("--out a --out b", "--out: given twice; give it once"),
         ("--train.steps x", '--train.steps: must be a whole number, not "x"; for example 1000'),
-        ("--train.steps 1e3", "--train.steps: must be a whole number, not 1000.0; for example 1000"),
+        ("--train.steps 1.5", "--train.steps: must be a whole number, not 1.5; for example 1000"),
+        ("--data.folder x", "--data.folder: unknown flag; did you mean --data.corpus?"),
         ("--data.weights.a b", '--data.weights.a: must be a number, not "b"; for example 0.1'),
         ("--train.steps.more 1", "--train.steps.more: unknown flag; did you mean --train.steps?"),
         ("--config no.toml", "no.toml: no such file; check the path"),
@@ -228,7 +228,7 @@ def test_all_problems_of_file_flags_and_combinations_come_at_once() -> None:
             yield ("out", "seed"), "follows from a seed that is wrong anyway, so it is not told"
 
     assert problems(lambda: read("--config bad.toml --dry --train.precision x", check=check)) == [
-        "--dry: unknown flag; did you mean --dry_run?",
+        "--dry: unknown flag; did you mean --dry-run?",
         'bad.toml: train.stpes: unknown key; did you mean "steps"?',
         '--train.precision: unknown value "x"; one of "auto", "fp32", "bf16"',
         "bad.toml: data.corpus: missing; give it (folder of the corpus)",
@@ -240,9 +240,9 @@ def test_all_problems_of_file_flags_and_combinations_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"a = 1\nb = = 2\n", "bad.toml: line 2, column 5: invalid value; mend the TOML there"),
-        (b"a = 1\na = 2\n", "bad.toml: line 2, column 6: cannot overwrite a value; mend the TOML there"),
-        (b"a = [1,\n", "bad.toml: end of file: invalid value; mend the TOML there"),
+        (b"a = 1\nb = = 2\n", "bad.toml: line 2, column 5: invalid value; correct the TOML there"),
+        (b"a = 1\na = 2\n", "bad.toml: line 2, column 6: cannot overwrite a value; correct the TOML there"),
+        (b"a = [1,\n", "bad.toml: end of file: invalid value; correct the TOML there"),
         (b"a = '\xff'\n", "bad.toml: is not UTF-8 (byte 5); save it as UTF-8"),
     ],
 )
@@ -265,9 +265,9 @@ def test_help_shows_every_key_with_its_default_and_reason(capsys: pytest.Capture
     text = capsys.readouterr().out
     for line in (
         "  --config FILE\n      the recipe, in TOML (default good.toml)",
-        "  --dry_run  (true or false; default false)\n      print and stop",
+        "  --dry-run  (true or false; default false)\n      print and stop",
         '  --out  (a string; default "here")\n      folder to write',
-        "[train] How long.\n  --train.steps  (a whole number; default not set)\n      optimizer steps",
+        "[train] How long.\n  --train.steps  (a whole number; optional)\n      optimizer steps",
         '  --train.precision  ("auto", "fp32", "bf16"; default "auto")',
         "  --data.corpus  (a string; required)\n      folder of the corpus",
         "  --data.weights.NAME  (a number; default {})",
@@ -276,36 +276,119 @@ def test_help_shows_every_key_with_its_default_and_reason(capsys: pytest.Capture
         assert line in text, line
 
 
-def test_small_commands_complain_in_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
-    def main(argv: list[str] | None) -> int:
-        parser = argument_parser("prog", "Does it.")
-        parser.add_argument("--step", type=int, required=True, help="which")
-        parser.parse_args(argv)
-        return 0
+@dataclass(frozen=True)
+class Options:
+    """Of a command without a recipe."""
 
-    for argv, line in (
-        (["--step", "x"], "error: --step: invalid int value: 'x'; see --help\n"),
-        (["--step", "1", "--wrold=3"], "error: --wrold: unknown flag; known: --help, --step\n"),
-        (["--step", "1", "--sttep", "3"], 'error: --sttep: unknown flag; did you mean "--step"?\n'),
-        ([], "error: prog: the following arguments are required: --step; see --help\n"),
-        (["--ste", "1"], "error: prog: the following arguments are required: --step; see --help\n"),
-    ):
-        assert run_command(main, argv) == 2
-        assert capsys.readouterr().err == line
+    recipe: Path = option(help="what is made", positional="RECIPE.toml")
+    step: int = option(help="which", minimum=0)
+    max_new_tokens: int = option(8, "at most")
+    budget: int | None = option(None, "tokens")
+    pair: tuple[Path, Path] | None = option(None, "two files")
+    verify: bool = option(False, "read all")
+
+
+def read_options(argv: str) -> Options:
+    return parse(Options, argv.split(), prog="prog", recipe=False, file_keys=Source).config
+
+
+def test_a_command_without_recipe_takes_words_and_flags_in_both_cases() -> None:
+    options = read_options("--step 3 corpus.toml --max_new_tokens 4 --pair a b --verify --budget 35.5e9")
+    assert options == Options(Path("corpus.toml"), 3, 4, 35_500_000_000, (Path("a"), Path("b")), True)
+    assert read_options("x --step=3 --max-new-tokens=5").max_new_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        ("r --step x", ['--step: must be a whole number, not "x"; for example 1000']),
+        ("r --step 1 --sttep 3", ["--sttep: unknown flag; did you mean --step?"]),
+        ("r --step 1 --max-tokens 3", ["--max-tokens: unknown flag; did you mean --max-new-tokens?"]),
+        ("r --step 1 --config x", ["--config: unknown flag; see --help"]),
+        ("r more --step 1", ["more: is no flag; flags begin with --"]),
+        ("r --step 1 --pair a", ['--pair: must have 2 values, not 1; for example ["folder", "folder"]']),
+        (
+            "--budget 1.5",
+            [
+                "--recipe: missing; give it (what is made)",
+                "--step: missing; give it (which)",
+                "--budget: must be a whole number, not 1.5; for example 1000",
+            ],
+        ),
+    ],
+)
+def test_a_command_without_recipe_reports_problems_in_the_same_way(argv: str, lines: list[str]) -> None:
+    assert sorted(problems(lambda: read_options(argv))) == sorted(lines)
+
+
+def test_help_of_a_command_without_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_options("--help")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: prog RECIPE.toml --step N [--flag VALUE ...]\n")
+    assert "  --max-new-tokens  (a whole number; default 8)\n      at most\n" in text
+    assert "  --budget  (a whole number; optional)\n" in text
+    assert "\nKeys of the file:\n  name  (a string; required)\n" in text
+    assert "None" not in text
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_the_command_does_next_is_tried_as_well() -> None:
+    """So that a wrong flag and a corpus that does not go with another are one report."""
+
+    def later(parsed) -> None:
+        raise UserError(
+            "good.toml: data.weights.x: unknown", "good.toml: seed: -1 is odd", f"--out: {parsed.config.out}"
+        )
+
+    assert problems(lambda: read("--config good.toml --seed=x --out there", later=later)) == [
+        '--seed: must be a whole number, not "x"; for example 1000',
+        "good.toml: data.weights.x: unknown",
+        "--out: there",
+    ]
+    assert read("--config good.toml", later=later).config.out == "there", "what is right is not tried twice"
+
+
+HOSTILE = {
+    f"a = {'[' * 5000}": "it is nested too deeply; write it in plain TOML",
+    f"a = {'[' * 20}{']' * 20}": "it is nested too deeply; write it in plain TOML",
+    f"{'a.' * 5000}a = 1": "it is nested too deeply; write it in plain TOML",
+    f"seed = {'9' * 5000}": "a number has too many digits; write it in plain TOML",
+    f"seed = 0x{'f' * 5000}": f"seed: 0x{'f' * 78}... is too large; give at most 100",
+    f"[train]\nsteps = {2**63}": "train.steps: 9223372036854775808 is too large; give at most 9223372036854775807",
+    f"[train]\nepochs = 1{'0' * 400}": "train.epochs: must be finite, not inf; for example 0.1",
+    f"[train]\nsteps = '{'x' * 500}'": f'train.steps: must be a whole number, not "{"x" * 79}...; for example 1000',
+    'out = "a\\u0000b"': "out: has a NUL character, which no path or text here can hold; remove it",
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("text", "line"), HOSTILE.items(), ids=range(len(HOSTILE)))
+def test_a_hostile_file_is_one_short_line(text: str, line: str) -> None:
+    Path("bad.toml").write_text(text, encoding="utf-8")
+    assert problems(lambda: read("--config bad.toml --data.corpus c")) == [f"bad.toml: {line}"]
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "9" * 5000, "{a = " * 500])
+def test_a_hostile_flag_is_one_short_line(value: str) -> None:
+    (line,) = problems(lambda: parse(Recipe, ["--data.corpus", "c", "--train.steps", value], prog="prog"))
+    assert line.startswith("--train.steps: must be a whole number, not ")
+    assert len(line) < 200
 
 
 def test_the_nearest_name_is_suggested_and_else_all() -> None:
     assert suggest("ptwikki", ["ptwiki", "oscar"]) == 'did you mean "ptwiki"?'
     assert suggest("zzz", ["ptwiki", "oscar"]) == "known: ptwiki, oscar"
     assert suggest("zzz", []) == "there are none"
+    assert suggest("A100", ["A10", "A100-80GB", "A100-40GB"]) == 'did you mean "A100-80GB" or "A100-40GB"?'
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=8)
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 trees = st.builds(
     Recipe,
     train=st.builds(
         Train,
-        steps=st.none() | st.integers(1),
+        steps=st.none() | st.integers(1, 2**63 - 1),
         epochs=st.none() | st.floats(1e-300, 1e300),
         compile=st.sampled_from(["auto", True, False]),
         betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),

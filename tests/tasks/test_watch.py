@@ -69,8 +69,9 @@ def no_group_left() -> Iterator[None]:
 
 
 def arguments(run: Path, data: Path, *more: str) -> list[str]:
-    given = ["--task=calame,perplexity", f"--data={data},", f"--watch={run}", "--poll=0.05", "--device=cpu", *more]
-    task = next(flag for flag in reversed(given) if flag.startswith("--task="))
+    words = ["--task=calame,perplexity", f"--data={data},", f"--watch={run}", "--poll=0.05", "--device=cpu", *more]
+    given = list({word.partition("=")[0]: word for word in words}.values())  # what comes last counts
+    task = next(flag for flag in given if flag.startswith("--task="))
     of_a_task = {"calame": "--rule=first-word,log-likelihood", "perplexity": "--length=32"}
     return given + [flag for name, flag in of_a_task.items() if name in task]
 
@@ -354,8 +355,8 @@ def test_two_ranks_take_the_same_way(run, trained, data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["--model=x"], "--model and --watch: both are given; give a model's folder, or a run to watch"),
-        (["--poll=0"], "--poll: 0 s is no pause; give up to 600, such as 30"),
+        (["--model=x"], "--model: both it and --watch are given; give a model's folder, or a run to watch"),
+        (["--poll=0"], "--poll: 0.0 is too small; give more than 0"),
         (["--out=x"], "--out: --watch writes in {run} itself, and no predictions; leave it out"),
         (["--task=squad1"], "--task: squad1 is answered by a span, which needs a head; fine-tune the model on it "
                             "first"),

@@ -43,7 +43,7 @@ def source(name: str = "um", paths: str = '["um/*"]', rest: str = "") -> str:
 BAD_RECIPES = {
     "no TOML": (
         "out = data",
-        ["line 1, column 7: invalid value; mend the TOML there"],
+        ["line 1, column 7: invalid value; correct the TOML there"],
     ),
     "no sources": (
         "seed = 1",
@@ -210,9 +210,9 @@ def test_token_shards_of_another_tokenizer(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--workers", "0"], '--workers: "0" is no whole number of at least 1; see --help'),
-        (["--budget-tokens", "muitos"], '--budget-tokens: "muitos" is no whole number of at least 1; see --help'),
-        (["--budget", "7"], '--budget: unknown flag; did you mean "--budget-tokens"?'),
+        (["--budget-tokens", "0"], "--budget-tokens: 0 is too small; give at least 1"),
+        (["--budget-tokens", "muitos"], '--budget-tokens: must be a whole number, not "muitos"; for example 1000'),
+        (["--budget", "7"], "--budget: unknown flag; did you mean --budget-tokens?"),
     ],
 )
 def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], problem: str) -> None:
