@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class RunLog:
     def valid(self, step: int, loss: float, sources: Mapping[str, float], weights: Mapping[str, float]) -> None:
         """The validation losses after `step` steps, a mean over tokens each: by source, and weighted by `weights`."""
         by_source = ", ".join(f"{name} {perplexity(value):.2f}" for name, value in sources.items())
-        self._print(f"valid at step {step}: loss {loss:.4f}; perplexity {perplexity(loss):.2f} ({by_source})")
+        self._print(f"valid at step {step}: loss {loss:.4f}; perplexity {perplexity(loss):.2f}")
+        self._print(textwrap.fill(by_source, 79, initial_indent=" " * 8, subsequent_indent=" " * 8))
         values = {"loss": loss, "perplexity": perplexity(loss), "sources": dict(sources), "weights": dict(weights)}
         self._write("valid", step, values)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from gloria.dist.gpus import ELEMENT_BYTES, gpus_here, precision_on
 from gloria.errors import UserError
 from gloria.optim import schedules
@@ -31,14 +33,15 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) ->
         f"heads, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
         "parameters": f"{counts['total']:,} ({parts})",
         "precision": f"{precision}: {why}",
-        "memory": f"{memory.tell()}; python -m gloria.plan tells more",
+        "memory": f"{memory.tell()}; more: python -m gloria.plan",
         "step": f"{train.global_batch} windows x {train.sequence_length} = {step_tokens:,} tokens "
         f"({plan.world} ranks x {plan.accumulation} passes x micro-batch {train.micro_batch})",
         "length": f"{plan.total_steps:,} steps, {short_number(plan.tokens)} tokens ({plan.tokens:,})",
         "time": f"{duration_text(seconds)} if a rank keeps up 1 TFLOP/s, {duration_text(seconds / 100)} if 100",
         "lr": schedules.describe(config.schedule, config.optim.lr, plan.total_steps),
     }
-    lines = [f"{name:<11} {text}" for name, text in rows.items()]
+    # For a terminal of 80 columns; a row that is longer goes on below.
+    lines = [textwrap.fill(f"{name:<11} {text}", 79, subsequent_indent=" " * 12) for name, text in rows.items()]
     return "\n".join([*lines, "", *_source_table(config, plan)])
 
 
@@ -51,7 +54,7 @@ def duration_text(seconds: float) -> str:
 
 
 def _source_table(config: PretrainConfig, plan: RunPlan) -> list[str]:
-    row = "{:<20}{:>16}{:>14}{:>8}{:>9}{:>9}{:>9}".format
+    row = "{:<17} {:>14} {:>11} {:>6} {:>7} {:>7} {:>7}".format
     lines = [row("source", "tokens", "windows", "tail", "weight", "share", "epochs")]
     for name, weight in plan.weights.items():
         tokens = plan.corpus.source(name).train.tokens

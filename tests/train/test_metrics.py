@@ -65,7 +65,8 @@ def test_lines_have_the_format_of_record(tmp_path: Path) -> None:
         "started at step 0",
         "   step    loss       lr    grad tokens  tok/s s/step data % TFLOP/s     GB",
         "     10  2.0000 1.00e-03       1    400     80  0.500   10.0 2.4e-07   1.00",
-        "valid at step 10: loss 2.5000; perplexity 12.18 (ptwiki 7.39, oscar 20.09)",
+        "valid at step 10: loss 2.5000; perplexity 12.18",
+        "        ptwiki 7.39, oscar 20.09",
         "checkpoint at step 10: folder step-00000010, seconds 0.5",
     ]
 

@@ -255,10 +255,10 @@ def test_the_plan_says_what_the_recipe_amounts_to(monkeypatch: pytest.MonkeyPatc
         "precision   fp16: T4 has no bf16",
         "step        24 windows x 32 = 768 tokens (2 ranks x 3 passes x micro-batch 4)",
         "length      40 steps, 30.7k tokens (30,720)",
-        "lr          peak 0.0001, warm-up over 4 steps, then cosine to 0; 40 steps in all",
-        "source                        tokens       windows    tail   weight    share   epochs",
-        "ptwiki                         3,201           100       0     0.25   0.2500     2.40",
-        "europarl                       1,000            31       7     0.25   0.2500     7.74",
+        "lr          peak 0.0001, warm-up over 4 steps, then cosine to 0; 40 steps in\n            all",
+        "source                    tokens     windows   tail  weight   share  epochs",
+        "ptwiki                     3,201         100      0    0.25  0.2500    2.40",
+        "europarl                   1,000          31      7    0.25  0.2500    7.74",
     ):
         assert line in text, line
 
