@@ -239,6 +239,8 @@ def _value(value: Any, kind: Any, metadata: Any, path: str, report: Report) -> A
 def _sequence(value: Any, origin: type, arguments: Any, metadata: Any, path: str, report: Report) -> Any:
     fixed = origin is tuple and arguments[-1] is not Ellipsis
     example = ", ".join(_EXAMPLES.get(item, "...") for item in arguments if item is not Ellipsis)
+    if origin is list and type(value) in arguments:
+        value = [value]  # --run.seeds 1
     if not isinstance(value, list | tuple):
         return report.add(path, f"must be a list, not {_brief(value)}; for example [{example}]")
     if fixed and len(value) != len(arguments):

@@ -16,6 +16,7 @@ from gloria.dist.environment import read_environment
 from gloria.optim import schedules
 from gloria.optim.config import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
+from gloria.tasks.catalog import TASKS
 from gloria.train.metrics import LogConfig
 from gloria.train.sections import Recipe, RunSection, StepSection, length_problems, range_problems, replica_problems
 
@@ -111,10 +112,10 @@ def read_finetune_config(argv: Sequence[str] | None = None) -> FinetuneConfig:
 
 
 def _recipe_of(argv: Sequence[str]) -> str | None:
-    """launch/finetune-TASK.toml, without the digits of the task where there is none of that very name."""
+    """launch/finetune-TASK.toml, else finetune-FAMILY.toml of the task's family."""
     text = " ".join(argv)
     found = re.search(r"(?:^|\s)--task[=\s](\S+)", text)
-    for name in (found[1], re.split(r"[\d_-]", found[1])[0]) if found else ():
+    for name in (found[1], TASKS[found[1]].family) if found and found[1] in TASKS else ():
         path = LAUNCH / f"finetune-{name}.toml"
         if path.is_file():
             return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -100,6 +100,8 @@ def _pairs(
         logs, cut_here = _answer_logs(loaded, prompts, asking.batch, process)
         cut += cut_here
         for example, asked, values in zip(examples, prompts, logs):
+            if not np.isfinite(values).all():
+                continue  # weights that are not finite predict nothing
             if target == "entailment":
                 found[example.id]["label"] = str(asked.values[int(values.argmax())])
             else:
@@ -118,11 +120,12 @@ def _choices(
     asking: EvalSettings,
     process: Process,
 ) -> Answers:
-    asked = [example for example in examples if example.choices]
-    prompts = [_with_shots(task, example, train, asking, "") for example in asked]
+    every = [(example, _with_shots(task, example, train, asking, "")) for example in examples]
+    asked = [(example, prompt_) for example, prompt_ in every if prompt_.answers]
+    prompts = [prompt_ for _, prompt_ in asked]
     logs, cut = _answer_logs(loaded, prompts, asking.batch, process)
     predictions: dict[str, Prediction] = {}
-    for example, values in zip(asked, logs):
+    for (example, _), values in zip(asked, logs):
         predictions[example.id] = ChoicePrediction(tuple(values.tolist()))
     return Answers(predictions, f"{asking.shots} shots, log-likelihood of the answers", cut)
 
