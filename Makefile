@@ -1,4 +1,4 @@
-# One command a wish; `make help` lists them. Each sets up what it needs first.
+# One command each; `make help` lists them. Each sets up what it needs first.
 
 # An active virtual environment is used as it is; otherwise `make` makes .venv here.
 ifdef VIRTUAL_ENV
@@ -7,7 +7,8 @@ else
 VENV := .venv
 endif
 PYTHON := $(VENV)/bin/python
-TORCHRUN := $(PYTHON) -m torch.distributed.run --standalone
+# torchrun, which ends without a traceback of its own where a rank has said why it ended, and on Ctrl-C.
+TORCHRUN := $(PYTHON) -m gloria.dist.torchrun --standalone
 READY := $(VENV)/.gloria-ready
 
 # Ranks on this machine: GPUs where there are some, else two processes sharing the cores.
@@ -15,6 +16,7 @@ NPROC ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/2/')
 CONFIG ?= launch/demo.toml
 RECIPE ?= launch/sample.toml
 RUN ?= runs/demo
+OUT ?= runs/$(TASK)-$(subst /,-,$(patsubst runs/%,%,$(patsubst models/%,%,$(MODEL:/=))))
 TASK ?= assin2
 MODEL ?= models/demo
 ARGS ?=
@@ -54,9 +56,9 @@ corpus: $(READY) ## token shards from a corpus recipe: RECIPE=corpus.toml
 pretrain: $(READY) ## pre-train on this machine: CONFIG=launch/gloria-1.3b.toml NPROC=4 ARGS="--train.steps 100"
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.pretrain --config $(CONFIG) $(ARGS)
 
-finetune: $(READY) ## fine-tune on a task: TASK=assin2 MODEL=models/demo DATA=folder (else a small sample) ARGS="--train.epochs 3"
+finetune: $(READY) ## fine-tune on a task: TASK=assin2 MODEL=models/demo DATA=folder (else a small sample) OUT=runs/NAME ARGS="--train.epochs 3"
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.finetune --task $(TASK) --model $(MODEL) \
-		$(if $(DATA),--data $(DATA)) --run.dir runs/$(TASK)-$(subst /,-,$(patsubst runs/%,%,$(patsubst models/%,%,$(MODEL:/=)))) $(ARGS)
+		$(if $(DATA),--data $(DATA)) --run.dir $(OUT) $(ARGS)
 
 evaluate: $(READY) ## score a model on tasks: TASK=calame MODEL=models/demo DATA=folder, or each checkpoint of WATCH=runs/demo
 	$(TORCHRUN) --nproc_per_node $(NPROC) -m gloria.evaluate --task $(TASK) \

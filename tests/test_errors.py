@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from gloria.errors import UserError, run_command
+from gloria.errors import INTERRUPTED, PIPE_CLOSED, UserError, run_command
+from tests.conftest import REPOSITORY
+from tests.launch import SMALL, flags
 
 
 def mistaken(argv: list[str] | None) -> int:
-    raise UserError("a: is wrong; mend it", "b: is too")
+    raise UserError("a: is wrong; correct it", "b: is too")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +36,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_every_problem_is_a_line_and_the_status_is_2(capsys, slept):
     assert run_command(mistaken) == 2
-    assert capsys.readouterr().err == "error: a: is wrong; mend it\nerror: b: is too\n"
+    assert capsys.readouterr().err == "error: a: is wrong; correct it\nerror: b: is too\n"
     assert slept == []
 
 
@@ -52,3 +58,67 @@ def test_a_defect_of_ours_keeps_its_traceback_and_ctrl_c_is_130():
         raise KeyboardInterrupt
 
     assert run_command(interrupted) == 130
+
+
+def python(*words: str, **environment: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, *words]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env={**os.environ, **environment}, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_do(tmp_path):
+    """-S: the interpreter without what is installed, as where .venv is not activated."""
+    process = python("-S", "-m", "gloria.pretrain")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    assert re.match(r"error: .*python\S* has no package \w+; activate the environment that has gloria's", err), err
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    """A package that is slow to import stands for the others."""
+    (tmp_path / "numpy.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)\n")
+    process = python("-m", "gloria.show", PYTHONPATH=str(tmp_path))
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "interrupted\n")
+    assert process.returncode == INTERRUPTED
+
+
+def test_a_pipe_that_nobody_reads_ends_quietly():
+    process = python("-u", "-m", "gloria.pretrain", "--help")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == PIPE_CLOSED
+
+
+def test_a_broken_pipe_of_another_kind_is_a_defect_of_ours():
+    code = "from gloria.errors import run_command\ndef main(argv): raise BrokenPipeError('a socket')\nrun_command(main)"
+    process = python("-c", code)
+    _, err = process.communicate(timeout=60)
+    assert "BrokenPipeError: a socket" in err
+
+
+@pytest.mark.torchrun
+def test_our_torchrun_has_no_report_of_its_own(sample_corpus, tmp_path):
+    """Ctrl-C saves and stops, and a wrong recipe is one line, though torchrun would add a traceback to both."""
+    command = ["-m", "gloria.dist.torchrun", "--standalone", "--nproc_per_node", "2", "-m", "gloria.pretrain"]
+    recipe = flags(SMALL, data__corpus=sample_corpus, run__dir=tmp_path / "run", train__steps=100_000)
+    process = python(*command, *recipe, "--optim.lr=-1")
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, [line for line in err.splitlines() if line.startswith("error")]) == (
+        2,
+        ["error: --optim.lr: -1.0 is too small; give more than 0.0"],
+    )
+    assert "Traceback" not in err
+    process = python(*command, *recipe)
+    for line in process.stdout:
+        if line.startswith("started at step"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "the same command goes on from here" in out
+    assert "Traceback" not in err

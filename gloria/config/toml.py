@@ -11,6 +11,8 @@ from typing import Any
 
 from gloria.errors import UserError
 
+PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = (PACKAGE / "launch").resolve()  # the repository's launch/, or its copy in an installed package
 DEEPEST = 16  # tables and lists within each other: more than any recipe has, and safe for recursion
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from gloria.config.cli import Parsed, Problems, option, parse
+from gloria.config.toml import RECIPES
 from gloria.data.corpus import MANIFEST, Corpus, open_corpus, source_fingerprint
 from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
 from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
@@ -40,7 +41,7 @@ from gloria.train.sections import (
 T = TypeVar("T")
 P = TypeVar("P", bound="PretrainConfig")
 
-DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo.toml"
+DEMO = RECIPES / "demo.toml"
 
 
 @dataclass(frozen=True)

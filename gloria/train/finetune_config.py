@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gloria.config.cli import option, parse
+from gloria.config.toml import RECIPES
 from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
 from gloria.optim import schedules
@@ -21,7 +22,6 @@ from gloria.train.metrics import LogConfig
 from gloria.train.sections import Recipe, RunSection, StepSection, length_problems, range_problems, replica_problems
 
 DEMO_MODEL = "models/demo"
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _recipe_of(argv: Sequence[str]) -> str | None:
     text = " ".join(argv)
     found = re.search(r"(?:^|\s)--task[=\s](\S+)", text)
     for name in (found[1], TASKS[found[1]].family) if found and found[1] in TASKS else ():
-        path = LAUNCH / f"finetune-{name}.toml"
+        path = RECIPES / f"finetune-{name}.toml"
         if path.is_file():
             return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     return None

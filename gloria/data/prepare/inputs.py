@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gloria.config.cli import show_value
+from gloria.config.toml import PACKAGE
 from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceFile
 from gloria.data.prepare.text import SUFFIXES, TEXT_PER_BYTE, format_of
 from gloria.data.prepare.workers import Workers
@@ -49,7 +50,7 @@ def find_files(recipe: Recipe, where: str) -> list[list[SourceFile]]:
         found: dict[str, SourceFile] = {}
         search = Search()
         for pattern in source.paths:
-            matches = _matches(base / pattern, source.format, search)
+            matches = _matches(base / pattern.replace("{gloria}", str(PACKAGE)), source.format, search)
             if not matches and not search.unreadable:
                 problems.append(f"{place}: {show_value(pattern)} matches no file; correct the path")
             for path in matches:

@@ -25,7 +25,9 @@ class SourceConfig(TextRules):
     """One source of text: where it is, how it is read, which documents it drops, its share of the mixture."""
 
     name: str = option(help="names the source in logs, weights and the corpus folder")
-    paths: list[str] = option(help="files, folders and globs, relative to the recipe; ** crosses folders")
+    paths: list[str] = option(
+        help="files, folders, globs, relative to the recipe; ** crosses folders, {gloria} is this package"
+    )
     weight: float = option(
         1.0, "share of training tokens, against the other sources' weights (any sum will do)", minimum=0
     )
