@@ -69,7 +69,7 @@ def _keep_best(run: Run, state: dict[str, Tensor]) -> int:
 
 
 def score_best(run: Run) -> bool:
-    """Load the best model as anybody would, score the sets that are reported, each once, and export it.
+    """Load the best model as anybody would, score each set that is reported once, write the results, export the model.
 
     False, and there are no results, where a stop is requested meanwhile.
     """
@@ -95,7 +95,6 @@ def score_best(run: Run) -> bool:
             save_predictions(plan.task, read.examples, found, run.folder / "predictions" / split)
     if process.is_main:
         print(f"predictions {run.folder / 'predictions'}: {', '.join(splits)}", flush=True)
-        print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
         about = {
             "model": str(run.folder / MODEL),
             "from": run.config.model,
@@ -104,5 +103,7 @@ def score_best(run: Run) -> bool:
         }
         about["recipe"] = to_mapping(run.config)
         write_results(run.folder / RESULTS, about, records)
+        # Last, so that no failure of it costs the results.
+        print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
     dist.barrier()
     return True

@@ -158,7 +158,7 @@ def test_a_run_does_not_go_on_with_other_examples_and_is_no_model_itself(neo, tm
         "choose another run.dir"
     )
     assert line_of(capsys, command("assin2", run, data, tmp_path / "other")) == (
-        f"--model: {run} is a fine-tuning under way; its best model so far is {run / 'model'}"
+        f"--model: {run} is an unfinished fine-tuning; its best model so far is {run / 'model'}"
     )
     never = command("assin2", neo, data, run, train__steps=2, run__resume="never")
     assert line_of(capsys, never) == (

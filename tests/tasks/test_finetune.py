@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import gloria.finetune as finetune
 import gloria.train.run
+import gloria.train.selection
 from gloria.dist.manifest import saved_steps
 from gloria.dist.run_lock import STATUS, read_status
 from gloria.errors import UserError, run_command
@@ -225,3 +226,14 @@ def test_a_run_that_is_done_is_told_again_but_not_for_another_recipe(assin, neo,
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'run'}: its run has optim.lr = 0.003, not 0.0001; set that, or choose another run.dir\n"
     )
+
+
+def test_results_are_there_when_the_export_fails(assin, neo, tmp_path, monkeypatch, capsys):
+    def fail(*_: Path) -> str:
+        raise RuntimeError("the export is broken")
+
+    monkeypatch.setattr(gloria.train.selection, "export_head", fail)
+    flags = command("assin2-entailment", neo, assin, tmp_path / "run", train__steps=2)
+    assert finetune.main(flags) == 1
+    assert "the export is broken" in capsys.readouterr().err
+    assert set(results(tmp_path / "run")) == {"dev", "test"}

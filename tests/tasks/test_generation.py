@@ -4,7 +4,9 @@ context."""
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -157,12 +159,13 @@ def test_settings_asked_together_answer_as_each_alone(family, folders, process):
     assert [cut for _, cut in together] == [1] * 5
 
 
-def test_what_else_ends_a_foreign_models_text(folders, process):
-    loaded = load(folders("llama"))
-    ((texts, _),), _ = continuations(loaded, MANY, [PLAIN], 4, process)
+def test_the_end_tokens_of_generation_config_end_a_text(folders, process, tmp_path):
+    ((texts, _),), _ = continuations(load(folders("llama")), MANY, [PLAIN], 4, process)
     end = int(texts[0].split("<")[3].rstrip(">"))
-    loaded.language_model.generation_config.eos_token_id = [loaded.tokenizer.eos_token_id, end]
-    ((shorter, _),), _ = continuations(loaded, MANY, [PLAIN], 4, process)
+    path = tmp_path / "llama"
+    shutil.copytree(folders("llama"), path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    ((shorter, _),), _ = continuations(load(path), MANY, [PLAIN], 4, process)
     assert shorter == [text.partition(f"<{end}>")[0] for text in texts]
     assert shorter[0] != texts[0]
 

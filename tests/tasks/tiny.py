@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from gloria.dist.process import Process
 
 FAMILIES = ("gpt2", "gpt_neo", "bert", "deberta-v2", "gpt_neox", "llama")
-ENCODERS = ("bert", "deberta-v2")
+ENCODERS = ("bert", "deberta-v2", "roberta", "electra", "distilbert")
 SENTENCE = "o a gato cão rato mesa casa rua dorme come corre vê um uma grande pequeno preto branco sim não no na de"
 WORDS = SENTENCE.split()
 
@@ -47,15 +47,24 @@ _SHAPES = {
         "type_vocab_size": 0,
         "position_biased_input": False,
     },
+    "roberta": _COMMON,
+    "electra": {**_COMMON, "embedding_size": 16},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 96},
+    "opt": {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt_neox": _COMMON,
     "llama": {**_COMMON, "num_key_value_heads": 2},
 }
 
 
-def make_folder(family: str, folder: Path, seed: int = 0) -> Path:
-    """A random model of a family with a tokenizer as such models have them."""
+def make_folder(family: str, folder: Path, seed: int = 0, *, spare: int = 3, pad: str | None = None) -> Path:
+    """A random model of a family with a tokenizer as such models have them.
+
+    `spare` rows of the embedding are no token; a decoder's `pad` token is none, as usual, or another one.
+    """
     tokenizer = make_tokenizer(family)
-    shape = {**_SHAPES[family], "vocab_size": len(tokenizer) + 3, "attn_implementation": "eager"}
+    if pad is not None:
+        tokenizer.pad_token = pad
+    shape = {**_SHAPES[family], "vocab_size": len(tokenizer) + spare, "attn_implementation": "eager"}
     # dropout would make a resumed run on other ranks another run
     shape |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     if family in ("gpt2", "gpt_neo"):
@@ -90,7 +99,7 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     if family in ENCODERS:
         names, pairs = ("[CLS]", "[SEP]"), "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
         single, kept = "[CLS] $A [SEP]", ("cls_token", "sep_token", "pad_token")
-    elif family == "llama":
+    elif family in ("llama", "opt"):
         names, single, pairs, kept = ("<s>",), "<s> $A", "<s> $A <s>:1 $B:1", ("eos_token", "bos_token")
     else:
         names, single, pairs, kept = (), "$A", "$A $B:1", ("eos_token",)

@@ -1,45 +1,49 @@
-"""Models to fine-tune or score: our checkpoints, and Hugging Face folders of any family.
+"""Models to fine-tune or score: our checkpoints, and Hugging Face models of any family.
 
-GPT-2 and GPT-Neo run through `gloria.model`; everything else through transformers, as fp32 and without code
-of the folder's own. What a model is, and what its tokenizer does, is asked of their configurations: no name of
-a model is looked at. Rows are padded on the right, where a causal model never looks; with positions, on the left.
+GPT-2 and GPT-Neo run through `gloria.model`, everything else through transformers, as fp32. Weights are read from
+safetensors files by this module alone; code in a folder never runs. What a model can do is read off its configuration
+and its outputs, never off its name. Rows are padded on the right, or on the left with positions.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.dist.manifest import run_and_step
 from gloria.errors import UserError, warn
+from gloria.files import read_json_object
 from gloria.model.config import TransformerConfig, read_shape
 from gloria.model.families import find_family, read_config
 from gloria.model.huggingface import read_tensors, weight_files, write_folder
 from gloria.model.transformer import Transformer
 
-_NO_LIMIT = 1_000_000  # a tokenizer without a length limit says something far above
+_NO_LIMIT = 1_000_000  # a tokenizer without a length limit has a number far above
+_PROBE = "O gato dorme."
 
 
 class Backbone(nn.Module):
@@ -86,64 +90,83 @@ class Loaded:
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None  # tokens the model can see at once; None: no limit is known
-    language_model: nn.Module | None  # the whole of it, where it was asked for
+    language_model: nn.Module | None  # with the head that predicts the next token, where it was requested
 
 
 def load_model(name: str, *, language_model: bool = False) -> Loaded:
-    """A run (its newest whole checkpoint), one of its checkpoints, or a Hugging Face folder or hub name; on CPU, fp32.
+    """A run (its newest whole checkpoint), one of its checkpoints, a Hugging Face folder or hub name; on CPU, fp32.
 
-    With `language_model` the head that predicts the next token comes along, and a model that has none, or
-    that looks ahead, is a `UserError`.
+    With `language_model` the head that predicts the next token is loaded too, and a model that has none, or whose
+    tokens see those after them, is a `UserError`.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    path = Path(name)
-    if named := run_and_step(path):
+    if named := run_and_step(Path(name)):
         return _load_checkpoint(find_checkpoint(*named))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"--model: {name} holds neither checkpoints nor a config.json; name a run or a model's folder")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"--model: {name} does not exist; name a run's folder or a Hugging Face folder")
-    if path.is_dir():
-        weight_files(path)
-        if find_family(read_config(path).get("model_type")):  # no config of ours reaches transformers
-            shape, tensors = read_shape(path), read_tensors(path)
-            return _own(name, shape, tensors.items(), load_tokenizer(name))
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(name, error) from None
-    causal = is_causal(config)
-    if language_model and not causal:
-        raise UserError(
-            f"--model: {name} ({config.model_type}) is no causal language model, and gives no text a likelihood; "
-            "fine-tune it on the task first"
-        )
-    tokenizer = load_tokenizer(name)
-    return _load_foreign(name, config, tokenizer, language_model)
+    folder = find_folder(name)
+    weight_files(folder)
+    if find_family(read_config(folder).get("model_type")) is None:
+        return _load_foreign(name, folder, load_tokenizer(folder), language_model)
+    shape = read_shape(folder)  # no config of ours reaches transformers
+    _check_ids(folder, shape.vocab_size)
+    return _own(name, shape, read_tensors(folder).items(), load_tokenizer(folder))
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Whether a token of such a model sees only those before it.
+def find_folder(name: str) -> Path:
+    """The folder of a model: a local one, or for a hub name (owner/name) where its files are after a download.
 
-    BERT's family is on transformers' list of causal models as well, for use as a decoder, which its
-    configuration then says.
+    A name whose first part is a folder here is never a hub name.
     """
-    kind = config.get_text_config().model_type
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return bool(getattr(config, "is_decoder", False))
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, a fast one: spans need to know which characters a token stands for."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"--model: {name} has neither checkpoints nor a config.json; name a run or a model's folder"
+            )
+        return path
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).parent.exists():
+        raise UserError(f"--model: {name} does not exist; name a run's folder or a Hugging Face folder")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+    except Exception as error:  # of huggingface_hub, of its HTTP client, of the disk
+        raise UserError(
+            f"--model: {name} is no folder here, and the Hugging Face hub does not give it ({_reason(error)}); "
+            "name a run or a model's folder"
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, a fast one: spans need the characters that a token stands for."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     except Exception as error:  # OSError, ValueError, ImportError, ...: whatever foreign files provoke
-        raise _unloadable(name, error) from None
+        raise _unloadable(folder, error) from None
+    # Without a vocabulary, transformers makes a tokenizer of special tokens alone.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
+        raise UserError(f"--model: {folder} has no tokenizer.json; copy the tokenizer's files there")
     if not tokenizer.is_fast:
-        raise UserError(f"--model: {name} has no tokenizer.json; save its tokenizer as a fast one")
+        raise UserError(f"--model: {folder} has no tokenizer.json; save its tokenizer as a fast one")
+    if set(known) <= {tokenizer.unk_token_id}:
+        raise UserError(f'--model: the tokenizer of {folder} knows nothing of "{_PROBE}"; copy its files again')
     return tokenizer
+
+
+def build(kind: Any, folder: Path, config: PretrainedConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that `kind` (AutoModel, ...) has for `config`, fp32, with the safetensors weights of a folder.
+
+    Returns also what transformers reports of the loading. It is given tensors, for of files it would accept pickled
+    ones. Raises what it raises, and `UserError` for files that are not whole.
+    """
+    tensors = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if layers > len(tensors):  # before they are made
+        raise UserError(f"{folder}: config.json has {layers} layers, the weights {len(tensors)} tensors; copy it again")
+    with torch.device("meta"):
+        model_class = type(kind.from_config(config))
+    options = {"config": config, "state_dict": tensors, "dtype": torch.float32, "output_loading_info": True}
+    return model_class.from_pretrained(None, **options)
 
 
 def longest_block_list(module: nn.Module) -> nn.ModuleList:
@@ -196,71 +219,110 @@ def _load_checkpoint(checkpoint: Path) -> Loaded:
     state = read_trainer(checkpoint)
     if "task" in state:
         run = checkpoint.parent.parent
-        raise UserError(f"--model: {run} is a fine-tuning under way; its best model so far is {run / 'model'}")
+        raise UserError(f"--model: {run} is an unfinished fine-tuning; its best model so far is {run / 'model'}")
     shape = TransformerConfig.from_dict(state["model"])
-    tokenizer = load_tokenizer(str(checkpoint.parent.parent / "tokenizer"))
+    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer")
     return _own(str(checkpoint), shape, read_full_tensors(checkpoint, "model."), tokenizer)
 
 
 def _own(
     source: str,
     shape: TransformerConfig,
-    tensors: Iterator[tuple[str, Tensor]] | Any,
+    tensors: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Loaded:
+    _check_vocabulary(source, tokenizer, shape.vocab_size)
     with torch.device("meta"):
         model = Transformer(shape)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-    # Tensors read from a file would not ask for gradients.
-    model.requires_grad_(True)
-    _check_vocabulary(source, len(tokenizer), shape.vocab_size)
+    model.requires_grad_(True)  # tensors read from a file have no gradients
     backbone = Backbone(model, causal=True, hidden_size=shape.hidden_size, token_types=False)
     return Loaded(source, backbone, tokenizer, _shorter(shape.max_positions, tokenizer), model)
 
 
-def _load_foreign(
-    name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, language_model: bool
-) -> Loaded:
-    kind = AutoModelForCausalLM if language_model else AutoModel
+def _load_foreign(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, language_model: bool) -> Loaded:
     try:
-        model, info = kind.from_pretrained(
-            name,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,  # transformers keeps a folder's bf16 otherwise
-            output_loading_info=True,
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        _check_vocabulary(name, tokenizer, text.vocab_size)
+        _check_ids(folder, text.vocab_size)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"--model: {name} ({config.model_type}) is an encoder-decoder; name an encoder or a decoder"
+            )
+        if language_model and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise _no_language_model(name, config)
+        model, info = build(AutoModelForCausalLM if language_model else AutoModel, folder, config)
+        if language_model and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)  # which names tokens that end a text
+        backbone = Backbone(
+            model.base_model if language_model else model,
+            causal=False,
+            hidden_size=text.hidden_size,
+            token_types=getattr(text, "type_vocab_size", 0) >= 2 and "token_type_ids" in tokenizer("a"),
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        backbone.causal = not _sees_ahead(backbone, text.vocab_size)
+    except UserError:
+        raise
+    except Exception as error:  # whatever foreign files provoke
         raise _unloadable(name, error) from None
+    if language_model and not backbone.causal:
+        raise _no_language_model(name, config)
     if missing := sorted(info["missing_keys"]):
-        if language_model:
-            raise UserError(f"--model: {name} has no weights for {missing[0]}; give a whole language model")
+        if language_model or any(re.search(r"\.\d+\.", key) for key in missing):  # of a layer
+            raise UserError(f"--model: {name} has no weights for {missing[0]}; give a whole model")
         warn(f"{name}: {len(missing)} weights are not in the folder and start at random: {', '.join(missing[:4])}")
-    text = config.get_text_config()
-    _check_vocabulary(name, len(tokenizer), text.vocab_size)
-    backbone = Backbone(
-        model.base_model if language_model else model,
-        causal=is_causal(config),
-        hidden_size=text.hidden_size,
-        token_types=getattr(text, "type_vocab_size", 0) >= 2 and "token_type_ids" in tokenizer("a"),
-    )
     limit = _shorter(getattr(text, "max_position_embeddings", None), tokenizer)
     return Loaded(name, backbone, tokenizer, limit, model if language_model else None)
 
 
-def _check_vocabulary(source: str, tokens: int, rows: int) -> None:
+@torch.no_grad()
+def _sees_ahead(backbone: Backbone, vocab_size: int) -> bool:
+    """Whether a token's hidden state depends on tokens after it, by trying: configurations do not say it."""
+    ids = ((torch.arange(8) + vocab_size // 2) % vocab_size).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % vocab_size
+    hidden, _ = backbone.eval()(ids, torch.ones_like(ids), torch.zeros_like(ids))
+    difference = (hidden[0, :-1] - hidden[1, :-1]).abs().max()
+    return bool(difference > 1e-5 * hidden.abs().max())  # 0 for a causal model, above 1e-3 for any other
+
+
+def _check_ids(folder: Path, rows: int) -> None:
+    """Refuse configurations that name a token outside the embedding, which has so many rows."""
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        values = read_json_object(path, "copy the folder again") if path.is_file() else {}
+        for key in ("pad_token_id", "eos_token_id"):
+            ids = values.get(key)
+            for number in ids if isinstance(ids, list) else [ids]:
+                if number is not None and not (type(number) is int and -1 <= number < rows):
+                    raise UserError(f"{path}: {key} {json.dumps(ids)} is no token of {rows}; correct it")
+
+
+def _check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    tokens = len(tokenizer)
     if tokens > rows:
         raise UserError(
             f"--model: {source}: its tokenizer has {tokens} tokens, its model {rows}; "
             "give the tokenizer that the model was trained with"
         )
+    if rows - tokens > max(1024, rows // 20):  # more than published models have as padding
+        warn(f"{source}: its tokenizer has only {tokens} tokens, its model {rows}; check that they belong together")
 
 
 def _shorter(positions: int | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    limits = [positions, tokenizer.model_max_length if tokenizer.model_max_length < _NO_LIMIT else None]
-    return min((limit for limit in limits if limit), default=None)
+    limits = [positions or 0, tokenizer.model_max_length]  # XLNet has -1 positions for no limit
+    return min((limit for limit in limits if 0 < limit < _NO_LIMIT), default=None)
+
+
+def _no_language_model(name: str, config: PretrainedConfig) -> UserError:
+    return UserError(
+        f"--model: {name} ({config.model_type}) is no causal language model, and gives no text a likelihood; "
+        "fine-tune it on the task first"
+    )
 
 
 def _unloadable(name: str | os.PathLike[str], error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    return UserError(f"--model: {name} cannot be loaded ({reason}); name a run or a model's folder")
+    return UserError(f"--model: {name} cannot be loaded ({_reason(error)}); name a run or a model's folder")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

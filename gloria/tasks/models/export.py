@@ -22,12 +22,12 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from gloria.files import partial_folder, publish
+from gloria.tasks.models.backbones import build, load_tokenizer
 from gloria.tasks.models.encode import Row, Template, collate, read_template
 from gloria.tasks.models.finetuned import HEAD, FinetunedModel, load_tuned
 from gloria.tasks.models.heads import SCORE, SPAN
@@ -60,9 +60,10 @@ def _write(tuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, float]
         raise CannotExport(f"no class of transformers has two heads, {' and '.join(heads)}")
     template = read_template(tuned.tokenizer)
     tokenizer = _tokenizer(tuned, template)
-    model = _build(tuned, folder, tokenizer.pad_token_id)
+    model = _build(tuned, folder)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         _add_padding_row(model, len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id  # not before: the embedding may have had no such row
     weights = load_file(folder / HEAD)
     (name,) = heads
     final = (_projections(model) or [None])[-1]
@@ -75,20 +76,20 @@ def _write(tuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, float]
             final.bias.copy_(bias)
         elif bias.any():
             _fold(bias, final.weight, model.base_model)
-        _set_between(model)
+        _set_between(model, final, getattr(tuned.model.backbone.body, "pooler", None))
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
     loaded = type(model).from_pretrained(work, dtype=torch.float32).eval()
     difference = _difference(tuned, loaded, template, tokenizer.pad_token_id)
     if not difference <= TOLERANCE:
         raise CannotExport(f"the logits of {type(model).__name__} differ from ours by {difference:.2g}")
-    _check_tokenizer(AutoTokenizer.from_pretrained(work), template, tuned.tokenizer)
+    _check_tokenizer(load_tokenizer(work), template, tuned.tokenizer)
     return type(model).__name__, difference
 
 
 def _tokenizer(tuned: FinetunedModel, template: Template) -> PreTrainedTokenizerBase:
     """The tokenizer, which pads on the right with a token that ends no row, and makes our rows of two texts."""
-    tokenizer = AutoTokenizer.from_pretrained(tuned.source)
+    tokenizer = load_tokenizer(Path(tuned.source))
     if tokenizer.pad_token_id in (None, template.end[-1]):
         tokenizer.add_special_tokens({"pad_token": _PAD})
     tokenizer.padding_side = "right"
@@ -108,11 +109,10 @@ def _tokenizer(tuned: FinetunedModel, template: Template) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _build(tuned: FinetunedModel, folder: Path, pad_id: int) -> nn.Module:
+def _build(tuned: FinetunedModel, folder: Path) -> nn.Module:
     """The class with the backbone's weights; its head's are still random."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     inputs = tuned.inputs
-    config.pad_token_id = pad_id
     if SPAN in inputs.heads:
         kind: Any = AutoModelForQuestionAnswering
         config.num_labels = 2
@@ -124,10 +124,8 @@ def _build(tuned: FinetunedModel, folder: Path, pad_id: int) -> nn.Module:
         config.id2label = dict(enumerate(inputs.labels))
         config.label2id = {label: number for number, label in enumerate(inputs.labels)}
         config.problem_type = "single_label_classification"
-    if hasattr(config, "pooler_hidden_act") and not hasattr(tuned.model.backbone.body, "pooler"):
-        config.pooler_hidden_act = "linear"  # with identity weights that pooler does nothing
     try:
-        model, info = kind.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+        model, info = build(kind, folder, config)
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0][:100]
         raise CannotExport(f"transformers has no {kind.__name__.removeprefix('Auto')} of it ({reason})") from None
@@ -143,21 +141,33 @@ def _projections(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
 
 
-def _set_between(model: nn.Module) -> None:
-    """A square layer before the head is our pooler where the backbone has one, and otherwise does nothing."""
-    pooler = getattr(getattr(model.base_model, "pooler", None), "dense", None)
-    for layer in _projections(model)[:-1]:
-        if layer.in_features != layer.out_features:
-            continue
-        layer.weight.copy_(torch.eye(layer.in_features) if pooler is None else pooler.weight)
-        if layer.bias is not None:
-            layer.bias.copy_(torch.zeros_like(layer.bias) if pooler is None else pooler.bias)
+def _set_between(model: nn.Module, final: nn.Linear, pooler: nn.Module | None) -> None:
+    """Make a square layer before the final projection our pooler where the class has none, and otherwise undo it.
+
+    With z = Wx that layer gives z and -z, and the projection subtracts what has become of them: f(z) - f(-z) is z for
+    f = GELU, ReLU and SiLU.
+    """
+    between = [layer for layer in _projections(model)[:-1] if layer.in_features == layer.out_features]
+    if not between:
+        return
+    (layer,) = between
+    if pooler is not None:
+        layer.load_state_dict(pooler.dense.state_dict())
+        return
+    for parameter in layer.parameters():
+        parameter.zero_()
+    count = final.out_features
+    layer.weight[: 2 * count] = torch.cat([final.weight, -final.weight])
+    final.weight.zero_()
+    final.weight[:, : 2 * count] = torch.cat([torch.eye(count), -torch.eye(count)], dim=1)
 
 
 def _fold(bias: Tensor, weight: Tensor, body: nn.Module) -> None:
     """A number's bias, for a projection without one, as a shift of the last norm along the projection's weights."""
-    norms = [module for module in body.modules() if type(module).__name__.endswith("Norm")]
-    shift = getattr(norms[-1], "bias", None) if norms else None
+    # The one behind all layers is the last of those that are in no layer.
+    norms = [(-name.count("."), number, module) for number, (name, module) in enumerate(body.named_modules())
+             if type(module).__name__.endswith("Norm")]  # fmt: skip
+    shift = getattr(max(norms)[2], "bias", None) if norms else None
     if shift is None or len(weight) != 1 or shift.shape != weight[0].shape or not weight.any():
         raise CannotExport("its class has a head without a bias, and no bias in its last norm that could stand in")
     shift += bias * weight[0] / weight[0].square().sum()

@@ -4,6 +4,7 @@ leaves out the separators it was trained with; a folder that is left where nothi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,14 @@ from tests.tasks.tiny import ENCODERS, FAMILIES, make_folder
 PAIRS = [("o gato dorme", "um cão corre na rua"), ("a mesa", "não"), ("sim sim sim sim sim", "a casa grande e branca")]
 
 
-def tuned_folder(family: str, task: str, folder: Path) -> tuple[FinetunedModel, Path]:
+SHAPES = [(family, 3, None) for family in (*FAMILIES, "roberta", "electra", "distilbert")]
+# No pad token, or EOS as one, and no row of the embedding for another.
+SHAPES += [(family, 0, pad) for family in ("llama", "opt", "gpt_neo") for pad in (None, "</s>")]
+
+
+def tuned_folder(family: str, task: str, folder: Path, **shape: Any) -> tuple[FinetunedModel, Path]:
     """A fine-tuned model whose head is random, in memory and as a folder."""
-    loaded, about = load_model(str(make_folder(family, folder / "base"))), find_task(task)
+    loaded, about = load_model(str(make_folder(family, folder / "base", **shape))), find_task(task)
     heads = task_heads(about)
     model = TaskModel(loaded.backbone, heads, 0.0).eval()
     initialise_heads(model, 1, 3.0)
@@ -35,10 +41,10 @@ def tuned_folder(family: str, task: str, folder: Path) -> tuple[FinetunedModel, 
 
 
 @pytest.mark.parametrize("task", ["assin2-entailment", "assin2-similarity", "faquad"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "spare", "pad"), SHAPES)
 @torch.no_grad()
-def test_the_class_of_transformers_gives_our_logits(family, task, tmp_path):
-    tuned, folder = tuned_folder(family, task, tmp_path)
+def test_the_class_of_transformers_gives_our_logits(family, spare, pad, task, tmp_path):
+    tuned, folder = tuned_folder(family, task, tmp_path, spare=spare, pad=pad)
     out = tmp_path / "out"
     told = export.export_head(folder, out)
     if (family, task) == ("llama", "assin2-similarity"):
