@@ -126,8 +126,8 @@ def main() -> None:
         clock, unit = (time.process_time, "CPU seconds") if on_cpu else (time.perf_counter, "seconds")
         print(f"{unit:<32}{'one by one':>12}{'gloria':>12}{'ratio':>8}  answers")
         # Each of the generated rules alone, and all of them as `python -m gloria.evaluate --task calame` has them.
-        asked = [(name,) for name in RULES] + [(*RULES, LOG_LIKELIHOOD)]
-        sums = dict.fromkeys(asked, (0.0, 0.0, 0))
+        columns = [(name,) for name in RULES] + [(*RULES, LOG_LIKELIHOOD)]
+        sums = dict.fromkeys(columns, (0.0, 0.0, 0))
         for batch in batches:
             part = [examples[number] for number in batch]
             wanted, alone = {}, {}
@@ -140,9 +140,11 @@ def main() -> None:
                     wanted[name] = one_by_one(theirs, loaded, part, RULES[name])
                 alone[name] = clock() - begun
             for rules, (slow, fast, differing) in sums.items():
-                asking = EvalSettings(LIKELIHOOD, 0, 0, rules, a.batch)
+                settings = EvalSettings(LIKELIHOOD, 0, 0, rules, a.batch)
                 begun = clock()
-                found = {answer.rule: answer.predictions for answer in answers(loaded, task, part, [], asking, process)}
+                found = {
+                    answer.rule: answer.predictions for answer in answers(loaded, task, part, [], settings, process)
+                }
                 seconds = clock() - begun
                 differing += sum(
                     abs(predictions[key].log_likelihood - answer) > 1e-3 if name == LOG_LIKELIHOOD

@@ -23,91 +23,42 @@ if __name__ == "__main__" and any(word.startswith("--watch") for word in sys.arg
     # Before torch is imported (seconds): a stop signal is kept from here on.
     install_stop_handlers("the watch stops after this score")
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gloria.config.cli import Problems, option, parse, suggest
+from gloria.config.cli import Problems, parse, suggest
 from gloria.dist.agreement import require_same
 from gloria.dist.manifest import run_and_step
 from gloria.dist.process import Process, leave_process_group, rank0_decides, start_process_group, stop_process_group
 from gloria.tasks import evaluation
-from gloria.tasks.catalog import TASKS, find_task
+from gloria.tasks.catalog import TASKS
 from gloria.tasks.compare import compare_models
-from gloria.tasks.evaluation import PERPLEXITY, Options, Request, about
+from gloria.tasks.evaluation import PERPLEXITY, EvaluateOptions, about
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.models.backbones import Loaded
-from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, corpus_texts
+from gloria.tasks.models.zeroshot import corpus_texts
 from gloria.tasks.report import RESULTS, default_folder, free_number, numbered, request_of, table, write_results
-from gloria.tasks.samples import describe_sample, sample_folder
+from gloria.tasks.samples import describe_sample
 from gloria.tasks.submissions import save_predictions
 from gloria.tasks.watch import watch
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What is scored, on what, and how."""
-
-    task: str = option(help="one, or several with commas between them")
-    model: str | None = option(None, "a run, a checkpoint, a fine-tuned model or a Hugging Face folder")
-    watch: Path | None = option(None, "a run: score each of its checkpoints as it appears")
-    poll: float = option(30.0, "seconds between two looks of --watch", above=0, maximum=600)
-    data: str | None = option(
-        None,
-        "folder of the files, one for all tasks or one for each, with commas between them; default, also for one that "
-        "is left empty: a sample that comes with gloria, for perplexity the run's own corpus",
-    )
-    split: str | None = option(None, "default: test, or dev where tests are hidden", choices=("train", "dev", "test"))
-    out: Path | None = option(None, "folder for results.json and predictions; default: under runs/evaluate")
-    method: str = option(LIKELIHOOD, "how pairs are asked", choices=(LIKELIHOOD, GENERATION))
-    shots: int | None = option(None, "solved examples before each; default 0, with generation 5", minimum=0)
-    seed: int = option(0, "of the shots", minimum=0)
-    rule: str | None = option(None, f"of last words: {', '.join((*RULES, LOG_LIKELIHOOD))}; default: all of them")
-    length: int | None = option(None, "tokens of a window of text; default: all that the model sees", minimum=1)
-    stride: int | None = option(None, "tokens that a window of text scores; default: half of its length", minimum=1)
-    batch: int = option(16, "rows at a time", minimum=1)
-    precision: str = option("fp32", "of the weights", choices=("fp32", "bf16"))
-    device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
-    compare: tuple[Path, Path] | None = option(None, "A B: runs, evaluations or predictions.jsonl")
-
-    @property
-    def names(self) -> list[str]:
-        """Of the tasks."""
-        return list(dict.fromkeys(self.task.split(",")))
-
-    @property
-    def requests(self) -> list[Request]:
-        """Each task with its files."""
-        tasks = [None if name == PERPLEXITY else find_task(name) for name in self.names]
-        folders = (self.data or "").split(",")
-        folders *= len(tasks) if len(folders) == 1 else 1
-        return [
-            (task, Path(folder) if folder else task and sample_folder(task)) for task, folder in zip(tasks, folders)
-        ]
-
-    @property
-    def options(self) -> Options:
-        """What a score depends on."""
-        return Options(*(getattr(self, field.name) for field in dataclasses.fields(Options)))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Score, watch or compare."""
-    arguments = read_arguments(argv)
-    if arguments.compare:
-        ((task, _),) = arguments.requests
-        data = Path(arguments.data) if arguments.data else None
-        rules = arguments.options.rules if arguments.rule else ()
-        for line in compare_models(task, *arguments.compare, data, arguments.split, rules, arguments.seed):
+    options = read_options(argv)
+    if options.compare:
+        ((task, _),) = options.requests
+        data = Path(options.data) if options.data else None
+        rules = options.rules if options.rule else ()
+        for line in compare_models(task, *options.compare, data, options.split, rules, options.seed):
             print(line)
         return 0
-    process = start_process_group(arguments.device, timeout_minutes=30)
+    process = start_process_group(options.device, timeout_minutes=30)
     try:
-        require_same(process, {f"--{key}": value for key, value in vars(arguments).items()})
-        report_data(arguments, process)
-        status = (watch_run if arguments.watch else score_model)(arguments, process)
+        require_same(process, {f"--{key}": value for key, value in vars(options).items()})
+        report_data(options, process)
+        status = (watch_run if options.watch else score_model)(options, process)
     except (UserError, SystemExit):
         leave_process_group()
         raise
@@ -115,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def score_model(arguments: EvaluateOptions, process: Process) -> int:
+def score_model(options: EvaluateOptions, process: Process) -> int:
     """Score a model on every task; write the results after each, and print them."""
-    source, scored = evaluation.load_and_score(arguments.model, arguments.requests, arguments.options, process)
-    tasks = [{"task": name, **about(one, arguments.options)} for name, one in zip(arguments.names, arguments.requests)]
+    source, scored = evaluation.load_and_score(options, process)
+    tasks = [{"task": name, **about(one, options)} for name, one in zip(options.names, options.requests)]
     request = {"model": str(Path(source).absolute()) if Path(source).exists() else source, "tasks": tasks}
-    number = rank0_decides(process, lambda: results_number(arguments, request))
-    folder = numbered(arguments.out or default_folder(arguments.model, arguments.task), number)
+    number = rank0_decides(process, lambda: results_number(options, request))
+    folder = numbered(options.out or default_folder(options.model, options.task), number)
     if process.is_main:
         print(f"results    {folder}, after each task", flush=True)
     records: list[dict[str, Any]] = []
@@ -142,41 +93,41 @@ def score_model(arguments: EvaluateOptions, process: Process) -> int:
     return 0
 
 
-def results_number(arguments: EvaluateOptions, request: dict[str, Any]) -> int:
+def results_number(options: EvaluateOptions, request: dict[str, Any]) -> int:
     """The number of the folder for the results; of --out always 1, or a UserError if it has others' results."""
-    if arguments.out is None:
-        return free_number(default_folder(arguments.model, arguments.task), request)
-    found = request_of(arguments.out)
+    if options.out is None:
+        return free_number(default_folder(options.model, options.task), request)
+    found = request_of(options.out)
     if found not in (None, request):
         of = found.get("model", "an older version, or of a fine-tuning")
         raise UserError(
-            f"--out: {arguments.out} has results of {of}, with other tasks, files or settings; choose another folder"
+            f"--out: {options.out} has results of {of}, with other tasks, files or settings; choose another folder"
         )
     return 1
 
 
-def watch_run(arguments: EvaluateOptions, process: Process) -> int:
+def watch_run(options: EvaluateOptions, process: Process) -> int:
     """Score the checkpoints of a run as they appear; what can be checked of the tasks is checked before the first."""
-    for task, folder in arguments.requests:
+    for task, folder in options.requests:
         if task is not None:
-            evaluation.read_task(task, folder, arguments.options)
+            evaluation.read_task(task, folder, options)
         elif folder is not None:
             corpus_texts(folder)
-    requests = dict(zip(arguments.names, arguments.requests))
+    requests = dict(zip(options.names, options.requests))
 
     def load(checkpoint: Path) -> tuple[Loaded, Path | None]:
-        return evaluation.load_language_model(str(checkpoint), arguments.requests, arguments.options, process)
+        return evaluation.load_language_model(str(checkpoint), options, process)
 
     def score(model: tuple[Loaded, Path | None], names: list[str]) -> Iterator[dict[str, Any]]:
         chosen = [requests[name] for name in names]
-        for scored in evaluation.score_language_model(*model, chosen, arguments.options, process):
+        for scored in evaluation.score_language_model(*model, chosen, options, process):
             yield scored.record
 
-    tasks = {name: about(request, arguments.options) for name, request in requests.items()}
-    return watch(arguments.watch, tasks, arguments.poll, process, load, score)
+    tasks = {name: about(request, options) for name, request in requests.items()}
+    return watch(options.watch, tasks, options.poll, process, load, score)
 
 
-def read_arguments(argv: list[str] | None) -> EvaluateOptions:
+def read_options(argv: list[str] | None) -> EvaluateOptions:
     """The flags, or a UserError with everything that is wrong with them."""
     return parse(
         EvaluateOptions,
@@ -188,44 +139,43 @@ def read_arguments(argv: list[str] | None) -> EvaluateOptions:
     ).config
 
 
-def _contradictions(arguments: EvaluateOptions) -> Problems:
-    if arguments.task is None:  # missing, which is reported
+def _contradictions(options: EvaluateOptions) -> Problems:
+    if options.task is None:  # missing, which is reported
         return
     try:
-        requests = arguments.requests
+        requests = options.requests
     except UserError as error:
         yield ("task",), str(error)
         return
     families = {task.family if task else PERPLEXITY for task, _ in requests}
     known = [*RULES, LOG_LIKELIHOOD]
-    options = arguments.options
     for rule in options.rules:
         if rule not in known:
             yield ("rule",), f"unknown rule {rule}; {suggest(rule, known)}"
-    folders = (arguments.data or "").split(",")
+    folders = (options.data or "").split(",")
     if len(folders) not in (1, len(requests)):
         yield ("data",), f"{len(folders)} folders for {len(requests)} tasks; give one, or one for each"
     for flag in sorted(options.given().keys() - options.given(families).keys()):
-        yield (flag,), f"no task of {arguments.task} uses it; leave it out"
-    if arguments.compare:
+        yield (flag,), f"no task of {options.task} uses it; leave it out"
+    if options.compare:
         for flag in ("model", "watch", "out"):
-            if getattr(arguments, flag):
+            if getattr(options, flag):
                 yield (flag,), "--compare reads predictions alone; leave it out"
         if families == {PERPLEXITY} or len(requests) > 1:
             yield ("task",), "--compare is for one task; name one"
-    elif bool(arguments.model) == bool(arguments.watch):
-        found = "both it and --watch are given" if arguments.model else "neither it nor --watch is given"
+    elif bool(options.model) == bool(options.watch):
+        found = "both it and --watch are given" if options.model else "neither it nor --watch is given"
         yield ("model", "watch"), f"{found}; give a model's folder, or a run to watch"
-    elif arguments.watch and arguments.out:
-        yield ("out",), f"--watch writes in {arguments.watch} itself, and no predictions; leave it out"
-    elif (None, None) in requests and arguments.model and not run_and_step(Path(arguments.model)):
-        yield ("data",), f"is missing; {arguments.model} is no run with a corpus of its own, so name a text"
+    elif options.watch and options.out:
+        yield ("out",), f"--watch writes in {options.watch} itself, and no predictions; leave it out"
+    elif (None, None) in requests and options.model and not run_and_step(Path(options.model)):
+        yield ("data",), f"is missing; {options.model} is no run with a corpus of its own, so name a text"
 
 
-def report_data(arguments: EvaluateOptions, process: Process) -> None:
+def report_data(options: EvaluateOptions, process: Process) -> None:
     """Print which data are used where none are named, and what they are good for."""
-    given = (arguments.data or "").split(",") * len(arguments.requests)
-    for (task, _), named in zip(arguments.requests, given):
+    given = (options.data or "").split(",") * len(options.requests)
+    for (task, _), named in zip(options.requests, given):
         if not named and process.is_main:
             print(describe_sample(task) if task else "data       the held-out part of the run's own corpus", flush=True)
 

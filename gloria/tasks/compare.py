@@ -75,9 +75,7 @@ def _by_split_and_rule(
         if split in (None, one.split) and (not rules or not one.rule or one.rule in rules):
             found[one.split, one.rule] = one
     if not found:
-        raise UserError(
-            f"--compare: {path} has no predictions of the split and rule that are asked for; leave them out"
-        )
+        raise UserError(f"--compare: {path} has no predictions of --split and --rule; leave them out")
     return found
 
 

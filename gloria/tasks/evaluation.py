@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from gloria.config.cli import option
 from gloria.dist.checkpoint_read import read_trainer
 from gloria.dist.process import Process
 from gloria.errors import UserError
+from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example, Prediction
 from gloria.tasks.formats.files import Loaded as Read
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
@@ -20,6 +22,7 @@ from gloria.tasks.models.backbones import Loaded, load_model
 from gloria.tasks.models.finetuned import FinetunedModel, find_tuned, load_tuned, predict, task_heads
 from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, EvalSettings, answers, corpus_texts, perplexity
 from gloria.tasks.report import score_record
+from gloria.tasks.samples import sample_folder
 from gloria.tasks.task import Task
 
 PERPLEXITY = "perplexity"
@@ -36,18 +39,45 @@ Request = tuple[Task | None, Path | None]  # a task, None for perplexity, and it
 
 
 @dataclass(frozen=True)
-class Options:
-    """The flags of gloria.evaluate that a score depends on; None where not given."""
+class EvaluateOptions:
+    """What is scored, on what, and how."""
 
-    split: str | None
-    method: str
-    shots: int | None
-    seed: int
-    rule: str | None
-    length: int | None
-    stride: int | None
-    batch: int
-    precision: str
+    task: str = option(help="one, or several with commas between them")
+    model: str | None = option(None, "a run, a checkpoint, a fine-tuned model or a Hugging Face folder")
+    watch: Path | None = option(None, "a run: score each of its checkpoints as it appears")
+    poll: float = option(30.0, "seconds between two looks of --watch", above=0, maximum=600)
+    data: str | None = option(
+        None,
+        "folder of the files, one for all tasks or one for each, with commas between them; default, also for one that "
+        "is left empty: a sample that comes with gloria, for perplexity the run's own corpus",
+    )
+    split: str | None = option(None, "default: test, or dev where tests are hidden", choices=("train", "dev", "test"))
+    out: Path | None = option(None, "folder for results.json and predictions; default: under runs/evaluate")
+    method: str = option(LIKELIHOOD, "how a model answers pairs", choices=(LIKELIHOOD, GENERATION))
+    shots: int | None = option(None, "solved examples before each; default 0, with generation 5", minimum=0)
+    seed: int = option(0, "of the shots", minimum=0)
+    rule: str | None = option(None, f"of last words: {', '.join((*RULES, LOG_LIKELIHOOD))}; default: all of them")
+    length: int | None = option(None, "tokens of a window of text; default: all that the model sees", minimum=1)
+    stride: int | None = option(None, "tokens that a window of text scores; default: half of its length", minimum=1)
+    batch: int = option(16, "rows at a time", minimum=1)
+    precision: str = option("fp32", "of the weights", choices=("fp32", "bf16"))
+    device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    compare: tuple[Path, Path] | None = option(None, "A B: runs, evaluations or predictions.jsonl")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return list(dict.fromkeys(self.task.split(",")))
+
+    @property
+    def requests(self) -> list[Request]:
+        """Each task with its files."""
+        tasks = [None if name == PERPLEXITY else find_task(name) for name in self.names]
+        folders = (self.data or "").split(",")
+        folders *= len(tasks) if len(folders) == 1 else 1
+        return [
+            (task, Path(folder) if folder else task and sample_folder(task)) for task, folder in zip(tasks, folders)
+        ]
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -75,40 +105,36 @@ class Scored:
     predictions: Mapping[str, Prediction] | None = None
 
 
-def about(request: Request, options: Options) -> dict[str, Any]:
+def about(request: Request, options: EvaluateOptions) -> dict[str, Any]:
     """What a score depends on besides the model: the files, and the flags that were given and that the task uses."""
     task, folder = request
     settings = options.given({task.family if task else PERPLEXITY})
     return {"data": str(folder.absolute()) if folder else "the run's own corpus", "settings": settings}
 
 
-def load_and_score(
-    model: str, requests: Sequence[Request], options: Options, process: Process
-) -> tuple[str, Iterator[Scored]]:
+def load_and_score(options: EvaluateOptions, process: Process) -> tuple[str, Iterator[Scored]]:
     """Load a model; its name (of a run with the step) and its scores, one a task, rule or source of a corpus."""
-    if folder := find_tuned(model):
+    if folder := find_tuned(options.model):
         if unused := options.given().keys() & USES.keys():
             raise UserError(f"--{min(unused)}: {folder} predicts with its head, which has no use for it; leave it out")
         tuned = load_tuned(folder, process.device)
         tuned.model.to(options.dtype)
-        return tuned.source, (score_head(tuned, task, folder, options, process) for task, folder in requests)
-    loaded, corpus = load_language_model(model, requests, options, process)
-    return loaded.source, score_language_model(loaded, corpus, requests, options, process)
+        return tuned.source, (score_head(tuned, task, folder, options, process) for task, folder in options.requests)
+    loaded, corpus = load_language_model(options.model, options, process)
+    return loaded.source, score_language_model(loaded, corpus, options.requests, options, process)
 
 
-def load_language_model(
-    model: str, requests: Sequence[Request], options: Options, process: Process
-) -> tuple[Loaded, Path | None]:
+def load_language_model(model: str, options: EvaluateOptions, process: Process) -> tuple[Loaded, Path | None]:
     """The model (of a run, its newest checkpoint) on this rank's device, and its own corpus if a task needs it."""
     loaded = load_model(model, language_model=True)
     loaded.language_model.to(process.device, options.dtype).eval()
-    own = (None, None) in requests
+    own = (None, None) in options.requests
     # Read at once: a checkpoint under watch may be gone before it is scored.
     return loaded, Path(read_trainer(Path(loaded.source))["recipe"]["data"]["corpus"]) if own else None
 
 
 def score_language_model(
-    loaded: Loaded, corpus: Path | None, requests: Sequence[Request], options: Options, process: Process
+    loaded: Loaded, corpus: Path | None, requests: Sequence[Request], options: EvaluateOptions, process: Process
 ) -> Iterator[Scored]:
     """The scores of a language model on some tasks; `corpus` is the text of a perplexity without a text of its own."""
     for request in requests:
@@ -122,7 +148,9 @@ def score_language_model(
             yield scored
 
 
-def score_head(tuned: FinetunedModel, task: Task | None, folder: Path, options: Options, process: Process) -> Scored:
+def score_head(
+    tuned: FinetunedModel, task: Task | None, folder: Path, options: EvaluateOptions, process: Process
+) -> Scored:
     """The scores of a fine-tuned head on a task with the same inputs and outputs."""
     own = tuned.task
     if task is None or task.family != own.family or task_heads(task) != tuned.inputs.heads or task.labels != own.labels:
@@ -140,7 +168,9 @@ def score_head(tuned: FinetunedModel, task: Task | None, folder: Path, options: 
     return Scored(record | about((task, folder), options), task, read.examples, found)
 
 
-def _score_task(loaded: Loaded, task: Task, folder: Path, options: Options, process: Process) -> Iterator[Scored]:
+def _score_task(
+    loaded: Loaded, task: Task, folder: Path, options: EvaluateOptions, process: Process
+) -> Iterator[Scored]:
     """The scores of a language model on a task, one a rule."""
     split, read, shots, train = read_task(task, folder, options)
     settings = EvalSettings(options.method, shots, options.seed, options.rules, options.batch)
@@ -156,7 +186,7 @@ def _score_task(loaded: Loaded, task: Task, folder: Path, options: Options, proc
         yield Scored(record, task, read.examples, found.predictions)
 
 
-def read_task(task: Task, folder: Path, options: Options) -> tuple[str, Read, int, list[Example]]:
+def read_task(task: Task, folder: Path, options: EvaluateOptions) -> tuple[str, Read, int, list[Example]]:
     """The split to score, its examples, the number of solved examples in a prompt, and those to choose them from."""
     if task.family == "span":
         raise UserError(
@@ -170,7 +200,7 @@ def read_task(task: Task, folder: Path, options: Options) -> tuple[str, Read, in
     return split, read, shots, task.read(folder, "train") if shots else []
 
 
-def _score_text(loaded: Loaded, path: Path, options: Options, process: Process) -> Iterator[Scored]:
+def _score_text(loaded: Loaded, path: Path, options: EvaluateOptions, process: Process) -> Iterator[Scored]:
     """The perplexity of a text file, or of each source of a corpus."""
     length = options.length or loaded.max_length
     if length is None:

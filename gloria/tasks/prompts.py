@@ -34,9 +34,9 @@ def prompt(task: Task, example: Example, shots: Sequence[Example] = (), target: 
     """
     if task.ask is None:
         raise UserError(f"{task.name}: has no prompt; fine-tune a head for it")
-    asked, *solved = (task.ask(task, one, target) for one in (example, *shots))
+    own, *solved = (task.ask(task, one, target) for one in (example, *shots))
     before = "".join(f"{shot.context}{shot.gold}\n\n" for shot in solved if shot.gold)
-    return Prompt(before + asked.context, asked.answers, asked.values, asked.gold)
+    return Prompt(before + own.context, own.answers, own.values, own.gold)
 
 
 def ask_pair(task: Task, example: Pair, target: str) -> Prompt:

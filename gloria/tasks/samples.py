@@ -25,7 +25,7 @@ def sample_folder(task: Task) -> Path:
 
     Its examples were written for this project, in the format of the published files; scores on them say nothing.
     The forms of a set share a folder, which has the name up to the hyphen: GLUE's tasks have files of the same names,
-    so that files alone do not tell whose they are. Raises `UserError` where there is no sample of the task.
+    so files alone do not show whose they are. Raises `UserError` where there is no sample of the task.
     """
     folder = SAMPLES / task.name.partition("-")[0]
     if not all(task.has(folder, split) for split in task.splits):

@@ -32,7 +32,7 @@ def write_submission(
 ) -> list[Path]:
     """The predictions in the official format: ASSIN's XML (a file a variety), GLUE's tsv, SQuAD's JSON, JSON lines.
 
-    An example without prediction is left out, as the scripts expect, except that GLUE's server wants every row.
+    An example without prediction is left out, as the scripts expect, but GLUE's server needs every row.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prefixes = [f"{prefix}-" for _, prefix in task.parts] or [""]
@@ -42,7 +42,7 @@ def write_submission(
         path = folder / f"{prefix}{task.submission}"
         found = [(example, predictions[example.id]) for example in chosen if example.id in predictions]
         if path.suffix == ".tsv" and len(found) < len(chosen):
-            raise UserError(f"{path}: {len(chosen) - len(found)} examples have no prediction; GLUE wants every row")
+            raise UserError(f"{path}: {len(chosen) - len(found)} examples have no prediction; GLUE needs every row")
         path.write_bytes(_FORMATS[path.suffix](found, prefix))
         written.append(path)
     return written
@@ -73,7 +73,7 @@ def read_predictions(task: Task, path: Path, examples: Sequence[Example]) -> dic
                 line, f'"{id}" is not among the {len(known_ids)} examples; give --data and --split of this file'
             )
         predictions[id] = kind(**row)
-    problems.tell()
+    problems.report()
     return predictions
 
 

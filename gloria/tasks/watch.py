@@ -42,7 +42,7 @@ Checkpoint = tuple[int, str, int]  # step, launch, saved_at: a step that is take
 
 @dataclass
 class Watcher:
-    """What rank 0 knows of the run, and what it has said."""
+    """What rank 0 knows of the run, and what it has printed."""
 
     run: Path
     tasks: Mapping[str, Any]  # name -> the data and settings that its records have
@@ -115,8 +115,8 @@ def watch(
 ) -> int:
     """Score each whole checkpoint of `run` once, in the order of the steps, until the run has ended; the exit status.
 
-    0 when the run is done or this watch was asked to stop, 1 when the run failed. A run that is stopped or dead is
-    waited for. Rank 0 looks every `poll` seconds; all ranks score. `load` raises UserError for what is not whole.
+    0 when the run is done or a stop was requested, 1 when the run failed. It waits for a run that is stopped or dead.
+    Rank 0 looks every `poll` seconds; all ranks score. `load` raises UserError for a checkpoint that is incomplete.
     """
     watcher = Watcher(run, tasks)
     rank0_decides(process, lambda: _remember(watcher))
@@ -132,12 +132,12 @@ def watch(
             missing = [task for number, task in enumerate(tasks) if bits >> number & 1]
             _score_one(watcher, step, missing, process, load, score)
     if process.is_main:
-        print(f"{run}: the watch was asked to stop; started again it goes on where it is", flush=True)
+        print(f"{run}: the watch stops as requested; started again it goes on where it is", flush=True)
     return 0
 
 
 def identity(run: Path, step: int) -> Checkpoint:
-    """What tells a checkpoint from one saved at the same step on another way. UserError where there is none."""
+    """A checkpoint's step, launch and time: another run can save the same step again. UserError where there is none."""
     manifest = read_manifest(checkpoint_path(run, step))
     return manifest.step, manifest.launch, manifest.saved_at
 
@@ -150,7 +150,7 @@ def _score_one(
     load: Callable[[Path], Model],
     score: Callable[[Model, list[str]], Iterator[dict[str, Any]]],
 ) -> None:
-    """Load a checkpoint and write what the tasks say of it; on a stop, or where it is not whole, nothing."""
+    """Load a checkpoint and write its scores; on a stop, or where it is incomplete, nothing."""
     path, started = checkpoint_path(watcher.run, step), time.perf_counter()
     checkpoint, model, problem = (step, "", 0), None, ""
     try:
@@ -165,11 +165,11 @@ def _score_one(
     except UserError as error:
         problem = error.problems[0] if path.exists() else f"{path}: its run has deleted it while it was read"
     # A rank that cannot read it must not leave the others to score it.
-    told = [fact["problem"] for fact in gather({"problem": problem})]
-    if any(told):
+    problems = [fact["problem"] for fact in gather({"problem": problem})]
+    if any(problems):
         if process.is_main:
             watcher.passed.add(checkpoint)
-            warn(f"{next(filter(None, told))}; the checkpoint of step {step} is passed over")
+            warn(f"{next(filter(None, problems))}; the checkpoint of step {step} is passed over")
         return
     records = []
     for record in score(model, missing):
@@ -199,7 +199,7 @@ def _end(watcher: Watcher, process: Process, *, failed: bool) -> int:
 
 
 def _write(watcher: Watcher, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> int:
-    """TensorBoard first: what it shows twice after a crash does less harm than what it never shows."""
+    """TensorBoard first: a point drawn twice after a crash does less harm than one never drawn."""
     step, launch, saved_at = checkpoint
     _draw(watcher.run, step, records)
     lines = b""
@@ -217,7 +217,7 @@ def _write(watcher: Watcher, checkpoint: Checkpoint, records: list[dict[str, Any
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that, and start the watch again") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); fix that, and start the watch again") from None
     watcher.scored.setdefault(checkpoint, set()).update(record["task"] for record in records)
     watcher.now += 1
     return 0
@@ -236,7 +236,7 @@ def _draw(run: Path, step: int, records: list[dict[str, Any]]) -> None:
 
 
 def _remember(watcher: Watcher) -> int:
-    """Read scores.jsonl, and cut off the lines that a killed watch left half-written behind the last whole ones."""
+    """Read scores.jsonl, and cut off the lines after the last complete write: a killed watch left them."""
     path = watcher.run / SCORES
     if not path.exists():
         return 0
@@ -250,19 +250,19 @@ def _remember(watcher: Watcher) -> int:
             task = record["task"]
         except (ValueError, TypeError, KeyError, AttributeError):
             if number < len(lines):
-                raise UserError(f"{path}:{number}: is no score; take the line out, or move the file away") from None
+                raise UserError(f"{path}:{number}: is not a score; delete the line, or move the file away") from None
             continue
-        asked, found = watcher.tasks.get(task), {key: record.get(key) for key in ("data", "settings")}
-        if asked and found["data"] and asked != found:
+        now, found = watcher.tasks.get(task), {key: record.get(key) for key in ("data", "settings")}
+        if now and found["data"] and now != found:
             raise UserError(
-                f"{path}:{number}: {task} was scored with {_shown(found)}, and is now asked for with {_shown(asked)}; "
+                f"{path}:{number}: {task} was scored with {_shown(found)}, and now runs with {_shown(now)}; "
                 "give the same flags, or move the file away"
             )
         if part == parts and line.endswith(b"\n"):
             watcher.scored.setdefault(checkpoint, set()).add(task)
             whole = number
     if torn := len(lines) - whole:
-        warn(f"{path}: {torn} lines at its end are half of a write; they are taken out, and scored again")
+        warn(f"{path}: {torn} lines at its end are an incomplete write; they are deleted, and scored again")
         with path.open("r+b") as file:
             file.truncate(sum(map(len, lines[:whole])))
             os.fsync(file.fileno())

@@ -98,7 +98,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("task", "write", "line"), BAD_FILES)
-def test_a_wrong_file_is_told_in_a_line(task, write, line, neo, tmp_path, capsys):
+def test_a_wrong_file_is_reported_in_a_line(task, write, line, neo, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
     write(data)
@@ -134,7 +134,7 @@ def test_a_wrong_file_is_told_in_a_line(task, write, line, neo, tmp_path, capsys
         ({"config": "none.toml"}, "none.toml: no such file; check the path"),
     ],
 )  # fmt: skip
-def test_a_wrong_flag_is_told_in_a_line(flags, line, neo, tmp_path, monkeypatch, capsys):
+def test_a_wrong_flag_is_reported_in_a_line(flags, line, neo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_assin(tmp_path / "data", {"train": 4, "dev": 4})
     asked = {"task": "assin2", "model": neo, "data": tmp_path / "data"} | flags

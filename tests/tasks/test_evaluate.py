@@ -180,8 +180,7 @@ def test_what_cannot_be_compared_ends_in_a_line(neo, data, tmp_path):
                  "the files that both were made from"),
         ([a, moved], f"--data: {moved} is in no results.json; give the folder of the files it was made from"),
         ([a, a, f"--data={other}"], f'{file}:5: "4" is not among the 4 examples; give --data and --split of this file'),
-        ([a, a, "--split=dev"], f"--compare: {a} has no predictions of the split and rule that are asked for; leave "
-                                "them out"),
+        ([a, a, "--split=dev"], f"--compare: {a} has no predictions of --split and --rule; leave them out"),
         ([a, tmp_path / "old"], f"{tmp_path / 'old'}: has guesses.jsonl of an older version; rename it to "
                                 "predictions.jsonl, and give --data"),
         ([a, tmp_path], f"{tmp_path}/predictions.jsonl: no such file; give a folder of gloria.finetune or "
@@ -237,7 +236,7 @@ def test_results_of_another_model_or_request_are_never_replaced(neo, data, tmp_p
         ),
     ],
 )
-def test_wrong_flags_are_told_in_a_line(flags, line, neo, data, tmp_path):
+def test_wrong_flags_are_reported_in_a_line(flags, line, neo, data, tmp_path):
     with pytest.raises(UserError) as caught:
         evaluate.main([*flags, f"--model={neo}", f"--data={data}", f"--out={tmp_path / 'out'}", "--device=cpu"])
     (found,) = caught.value.problems

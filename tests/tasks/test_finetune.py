@@ -199,7 +199,7 @@ def test_the_test_set_has_no_say(assin, neo, tmp_path):
         ({"schedule__warmup_steps": 99, "train__steps": 5}, None),
     ],
 )
-def test_a_wrong_recipe_is_told_in_a_line(changes, line, assin, neo, tmp_path):
+def test_a_wrong_recipe_is_reported_in_a_line(changes, line, assin, neo, tmp_path):
     task = changes.pop("task", "assin2")
     with pytest.raises(UserError) as caught:
         finetune.main(command(task, neo, assin, tmp_path / "run", **changes))

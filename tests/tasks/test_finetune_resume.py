@@ -155,7 +155,7 @@ def test_the_test_set_is_read_at_the_end_alone(assin, neo, whole, tmp_path, caps
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_out_of_memory_is_told_in_a_line_with_what_to_do(assin, neo, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_is_reported_in_a_line_with_what_to_do(assin, neo, tmp_path, monkeypatch, capsys):
     def no_memory(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -39,7 +39,7 @@ def test_varieties_have_a_file_each_with_the_ids_of_their_gold(tmp_path: Path) -
     assert [[p.get("id") for p in ElementTree.parse(path).getroot()] for path in paths] == [["1"], ["1"]]
 
 
-def test_glue_wants_every_row(tmp_path: Path) -> None:
+def test_glue_needs_every_row(tmp_path: Path) -> None:
     predictions = {"1": PairPrediction("not_entailment"), "2": PairPrediction("entailment")}
     (path,) = write_submission(TASKS["rte"], PAIRS, predictions, tmp_path)
     assert path.name == "RTE.tsv"
@@ -48,7 +48,7 @@ def test_glue_wants_every_row(tmp_path: Path) -> None:
         TASKS["stsb"], PAIRS, {"1": PairPrediction(None, 1.23456), "2": PairPrediction(None, 5)}, tmp_path
     )
     assert path.read_text() == "index\tprediction\n1\t1.2346\n2\t5.0000\n"
-    with pytest.raises(UserError, match=r"RTE.tsv: 1 examples have no prediction; GLUE wants every row$"):
+    with pytest.raises(UserError, match=r"RTE.tsv: 1 examples have no prediction; GLUE needs every row$"):
         write_submission(TASKS["rte"], PAIRS, {"1": PairPrediction("entailment")}, tmp_path)
 
 

@@ -148,8 +148,8 @@ def test_other_files_or_flags_are_refused_and_not_taken_for_scored(run, data, tm
     other = shutil.copytree(data, tmp_path / "other")
     assert look(run, data, "--task=calame", f"--data={other}") == 2
     assert capsys.readouterr().err == (
-        f"error: {run}/scores.jsonl:1: calame was scored with --data {data} --rule first-word,log-likelihood, and is "
-        f"now asked for with --data {other} --rule first-word,log-likelihood; give the same flags, or move the file "
+        f"error: {run}/scores.jsonl:1: calame was scored with --data {data} --rule first-word,log-likelihood, and "
+        f"now runs with --data {other} --rule first-word,log-likelihood; give the same flags, or move the file "
         "away\n"
     )
 
@@ -162,12 +162,12 @@ def test_half_a_write_is_taken_out_and_scored_again(run, data, capsys):
     assert look(run, data) == 0
     assert keys(run) == ALL
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")] == [
-        f"warning: {path}: 4 lines at its end are half of a write; they are taken out, and scored again"
+        f"warning: {path}: 4 lines at its end are an incomplete write; they are deleted, and scored again"
     ]
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], b"{}\n", *lines[3:]]))
     assert look(run, data) == 2
-    assert capsys.readouterr().err == f"error: {path}:4: is no score; take the line out, or move the file away\n"
+    assert capsys.readouterr().err == f"error: {path}:4: is not a score; delete the line, or move the file away\n"
 
 
 def test_a_damaged_checkpoint_is_named_once_and_passed_over_until_there_is_another(run, data, capsys):
@@ -299,7 +299,7 @@ def test_a_stop_between_two_records_writes_nothing_of_the_checkpoint(run, data, 
     assert look(run, data) == 0
     assert keys(run) == ALL[:6]
     assert capsys.readouterr().out.endswith(
-        f"{run}: the watch was asked to stop; started again it goes on where it is\n"
+        f"{run}: the watch stops as requested; started again it goes on where it is\n"
     )
 
 
@@ -318,7 +318,7 @@ def test_a_signal_ends_the_waiting_and_the_next_watch_goes_on(run, data, monkeyp
             signal.signal(number, handler)
     printed = capfd.readouterr()
     assert printed.err == "SIGUSR1: the watch stops after this score\n"
-    assert printed.out.endswith(f"{run}: the watch was asked to stop; started again it goes on where it is\n")
+    assert printed.out.endswith(f"{run}: the watch stops as requested; started again it goes on where it is\n")
     assert len(scores(run)) == 6
     set_status(run, "done")
     monkeypatch.setattr(signals, "_received", [])
@@ -370,7 +370,7 @@ def test_mistakes_are_one_line_before_the_run_is_waited_for(more, line, tmp_path
     assert capsys.readouterr().err == f"error: {line.format(run=tmp_path / 'none')}\n"
 
 
-def test_what_is_no_pre_training_run_is_told(run, data, tmp_path, capsys):
+def test_what_is_no_pre_training_run_is_reported(run, data, tmp_path, capsys):
     (run / "model").mkdir()
     (run / "model/task.json").write_text("{}")
     assert look(run, data) == 2

@@ -39,7 +39,7 @@ def read_enem(path: Path, task: Task) -> Loaded:
         answer = LETTERS.index(letter) if letter in LETTERS[: len(options)] and letter else None
         examples.append(Choice(str(row.get("id", place)), filled[0].strip(), tuple(filled[1:]), answer))
         places.append(place)
-    counts = {"annulled": annulled, "pictures told in words": described}
+    counts = {"annulled": annulled, "pictures described": described}
     return _loaded(path, examples, places, counts, problems)
 
 
@@ -68,7 +68,7 @@ def read_exams(path: Path, task: Task) -> Loaded:
 
 def read_wsc(path: Path, task: Task) -> Loaded:
     """Winograd schemas: the right and the wrong sentence whole, mended by hand where the file has that, in order of
-    the alphabet (a model that cannot tell them apart must not win by choosing the first).
+    the alphabet (a model that finds both equal must not win by choosing the first).
 
     The file does not say which schemas are twins: neighbours that share half their words are, and are drawn together.
     """
@@ -130,7 +130,7 @@ def _loaded(
     path: Path, examples: list[Choice], places: list[int | str], counts: dict[str, int], problems: Problems
 ) -> Loaded:
     check_unique(examples, places, problems)
-    problems.tell()
+    problems.report()
     if not examples:
         raise UserError(f"{path}: has no questions; get the file again")
     shown = {"questions": len(examples), "without an answer": sum(e.answer is None for e in examples)}

@@ -23,7 +23,7 @@ class Loaded:
 
 @dataclass
 class Problems:
-    """What is wrong with a file, told all at once (the first ten)."""
+    """What is wrong with a file, reported at once (the first ten)."""
 
     path: Path
     lines: list[str] = field(default_factory=list)
@@ -32,8 +32,8 @@ class Problems:
         """`where` is a line of the file, or what names the place in a file that has none."""
         self.lines.append(f"{self.path}:{where}: {what}" if isinstance(where, int) else f"{self.path}: {where}: {what}")
 
-    def tell(self) -> None:
-        """Raises `UserError` if there is anything to tell."""
+    def report(self) -> None:
+        """Raises `UserError` if there is any problem."""
         more = [f"{self.path}: and {len(self.lines) - 10} more problems"] if len(self.lines) > 10 else []
         if self.lines:
             raise UserError(*self.lines[:10], *more)

@@ -76,14 +76,14 @@ def read_last_words(path: Path, task: Task) -> Loaded:
             problems.add(line, "a part is missing or no text; sentence and last_word, or text, are expected")
             continue
         examples.append(LastWord(str(row.get("id", number)), context, word))
-    problems.tell()
+    problems.report()
     if not examples:
         raise UserError(f"{path}: has no rows; get the file again")
     ends = all(e.word and e.context.rstrip().removesuffix(e.word).endswith(" ") for e in examples)
     if ends and "text" not in rows[0][1]:
         examples = [LastWord(e.id, e.context.rstrip().removesuffix(e.word or ""), e.word) for e in examples]
     check_unique(examples, [line for line, _ in rows], problems)
-    problems.tell()
+    problems.report()
     words = [e.word for e in examples if e.word is not None]
     counts = {
         "contexts": len(examples),

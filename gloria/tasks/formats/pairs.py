@@ -35,7 +35,7 @@ def read_assin(path: Path, task: Task) -> Loaded:
     if not pairs:
         raise UserError(f"{path}: has no <pair>; an ASSIN file is expected")
     check_unique(pairs, lines, problems)
-    problems.tell()
+    problems.report()
     return Loaded(list(pairs), {**_counts(pairs), "lines that end in CRLF": data.count(b"\r\n")})
 
 
@@ -51,7 +51,7 @@ def read_table(path: Path, task: Task) -> Loaded:
     for key in ("first", "second"):
         if rows and key in column and not column[key]:
             problems.add(1, f"has no column {' or '.join(task.columns[key])}; it has {', '.join(names)}")
-    problems.tell()
+    problems.report()
     pairs = []
     for number, (line, row) in enumerate(rows):
         texts = [row.get(column[key], "") if key in column else "" for key in ("first", "second")]
@@ -63,7 +63,7 @@ def read_table(path: Path, task: Task) -> Loaded:
             problems.add(line, "a sentence is empty or no text; every row needs its sentences")
         pairs.append(Pair(str(row.get(column["id"], number)), *map(str, texts), label, score))
     check_unique(pairs, [line for line, _ in rows], problems)
-    problems.tell()
+    problems.report()
     counts = _counts(pairs)
     if path.suffix == ".tsv":
         counts["rows with an unpaired quotation mark"] = sum(line.count('"') % 2 for line in read_lines(path)[1:])

@@ -33,10 +33,10 @@ def read_squad(path: Path, task: Task) -> Loaded:
     if not spans and not problems.lines:
         raise UserError(f"{path}: has no question; SQuAD's JSON or rows of questions are expected")
     check_unique(spans, places, problems)
-    problems.tell()
+    problems.report()
     names = ("answers not at their offset", "answers without text", "impossible", "impossible without plausible")
     shown = {"questions": len(spans), "contexts": len({span.group for span in spans})}
-    shown |= {"without an answer or the word that there is none": sum(not span.labelled() for span in spans)}
+    shown |= {"without an answer and not marked impossible": sum(not span.labelled() for span in spans)}
     return Loaded(list(spans), shown | {"answers": counts["answers"]} | {name: counts[name] for name in names})
 
 

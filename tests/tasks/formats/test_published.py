@@ -103,7 +103,7 @@ def test_multiple_choice() -> None:
     enem = TASKS["enem"].load(FOLDER / "enem", "test")
     assert (len(enem.examples), enem.counts["annulled"], enem.counts["without choices"]) == (359, 1, 3)
     assert enem.counts["without an answer"] == 4
-    assert enem.counts["pictures told in words"] == 56
+    assert enem.counts["pictures described"] == 56
     assert not any("[[placeholder]]" in text for e in enem.examples for text in (e.prompt, *e.choices))
     assert len(TASKS["enem-2022"].read(FOLDER / "enem", "test")) == 179
     assert len(TASKS["enem-2024"].read(FOLDER / "enem", "test")) == 180

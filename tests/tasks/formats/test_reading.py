@@ -18,7 +18,7 @@ GOOD = 'id="1" entailment="None" similarity="1.5"'
 HEADER = "index\tsentence1\tsentence2\tlabel\n"
 
 
-def told(name: str, folder: Path, split: str = "train") -> list[str]:
+def problems(name: str, folder: Path, split: str = "train") -> list[str]:
     with pytest.raises(UserError) as error:
         TASKS[name].read(folder, split)
     return [problem.replace(f"{folder}", "D") for problem in error.value.problems]
@@ -28,16 +28,16 @@ def test_wrong_names_and_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         find_task("asin2")
     assert str(error.value) == 'asin2: unknown task; did you mean "assin2"?'
-    assert told("wsc", tmp_path) == ['wsc: has no split "train"; it has test']
-    assert told("assin2", tmp_path) == [
+    assert problems("wsc", tmp_path) == ['wsc: has no split "train"; it has test']
+    assert problems("assin2", tmp_path) == [
         "D: does not hold the train split of assin2; expected assin2-train-only.xml or assin2/assin2-train-only.xml"
     ]
-    assert told("rte", tmp_path / "no") == ["D: no such folder; give the folder that holds the train split of rte"]
+    assert problems("rte", tmp_path / "no") == ["D: no such folder; give the folder that holds the train split of rte"]
     for name in ("train.tsv", "train.jsonl"):
         (tmp_path / name).write_text("")
-    assert told("rte", tmp_path) == ["D: train.tsv and train.jsonl are both the train split of rte; keep one"]
+    assert problems("rte", tmp_path) == ["D: train.tsv and train.jsonl are both the train split of rte; keep one"]
     (tmp_path / "train.jsonl").unlink()
-    assert told("rte", tmp_path) == ["D/train.tsv: is empty; get the file again"]
+    assert problems("rte", tmp_path) == ["D/train.tsv: is empty; get the file again"]
 
 
 def test_wrong_assin(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_wrong_assin(tmp_path: Path) -> None:
         'id="1" entailment="None" similarity="2"',
         'entailment="None" similarity="2"',
     )
-    assert told("assin2", tmp_path, "dev") == [
+    assert problems("assin2", tmp_path, "dev") == [
         'D/assin2-dev.xml:4: unknown label "Paraphrase"; assin2 has None, Entailment',
         'D/assin2-dev.xml:5: wrong score "7"; assin2 has numbers from 1 to 5',
         'D/assin2-dev.xml:6: wrong score "nan"; assin2 has numbers from 1 to 5',
@@ -58,19 +58,21 @@ def test_wrong_assin(tmp_path: Path) -> None:
         'D/assin2-dev.xml:7: id "1" is already at 3; ids must differ',
     ]
     path.write_text(path.read_text().replace("<h>Ele saiu.</h>", "<h> </h>", 1))
-    assert told("assin2", tmp_path, "dev")[0] == (
+    assert problems("assin2", tmp_path, "dev")[0] == (
         "D/assin2-dev.xml:3: the pair has no text in <h>; both sentences are needed"
     )
     assin(path, 'id="1"', 'id="2"')
-    assert told("assin2", tmp_path, "dev") == [
+    assert problems("assin2", tmp_path, "dev") == [
         "D/assin2-dev.xml: no example is labelled; only a test split may be without labels"
     ]
     path.write_text("<entailment-corpus></entailment-corpus>")
-    assert told("assin2", tmp_path, "dev") == ["D/assin2-dev.xml: has no <pair>; an ASSIN file is expected"]
+    assert problems("assin2", tmp_path, "dev") == ["D/assin2-dev.xml: has no <pair>; an ASSIN file is expected"]
     path.write_text("<entailment-corpus>\n<pair>")
-    assert told("assin2", tmp_path, "dev") == ["D/assin2-dev.xml:2: is not XML (no element found); get the file again"]
+    assert problems("assin2", tmp_path, "dev") == [
+        "D/assin2-dev.xml:2: is not XML (no element found); get the file again"
+    ]
     path.write_text('<?xml version="1.0"?>\n<!DOCTYPE x [<!ENTITY a "aaaa">]>\n<x>&a;</x>')
-    assert told("assin2", tmp_path, "dev") == [
+    assert problems("assin2", tmp_path, "dev") == [
         "D/assin2-dev.xml:2: has a document type; remove it, ASSIN files have none"
     ]
 
@@ -90,35 +92,37 @@ def test_both_varieties_keep_their_ids_apart(tmp_path: Path) -> None:
 def test_wrong_tables(tmp_path: Path) -> None:
     path = tmp_path / "dev.tsv"
     path.write_text(HEADER + '0\ta "b\tc\tentailment\r\n1\td\te\tf\tentailment\n2\tg\th\tmaybe\n3\ti\t\tentailment\n')
-    assert told("rte", tmp_path, "dev") == ["D/dev.tsv:3: has 5 fields where the header has 4; cut at tabs, no quoting"]
+    assert problems("rte", tmp_path, "dev") == [
+        "D/dev.tsv:3: has 5 fields where the header has 4; cut at tabs, no quoting"
+    ]
     path.write_text(HEADER + '0\ta "b\tc\tentailment\r\n2\tg\th\tmaybe\n3\ti\t\tentailment\n0\tx\ty\tentailment\n')
-    assert told("rte", tmp_path, "dev") == [
+    assert problems("rte", tmp_path, "dev") == [
         'D/dev.tsv:3: unknown label "maybe"; rte has entailment, not_entailment',
         "D/dev.tsv:4: a sentence is empty or no text; every row needs its sentences",
         'D/dev.tsv:5: id "0" is already at 2; ids must differ',
     ]
-    assert told("mrpc", tmp_path, "dev")[0] == 'D/dev.tsv:2: unknown label "entailment"; mrpc has 0, 1'
+    assert problems("mrpc", tmp_path, "dev")[0] == 'D/dev.tsv:2: unknown label "entailment"; mrpc has 0, 1'
     path.write_text("premise\thypothesis\tlabel\na\tb\tentailment\n")
-    assert told("rte", tmp_path, "dev") == [
+    assert problems("rte", tmp_path, "dev") == [
         "D/dev.tsv:1: has no column sentence1 or #1 String; it has premise, hypothesis, label",
         "D/dev.tsv:1: has no column sentence2 or #2 String; it has premise, hypothesis, label",
     ]
     path.write_text(HEADER)
-    assert told("rte", tmp_path, "dev") == ["D/dev.tsv: has no rows; get the file again"]
+    assert problems("rte", tmp_path, "dev") == ["D/dev.tsv: has no rows; get the file again"]
     path.write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
-    assert told("rte", tmp_path, "dev") == [
+    assert problems("rte", tmp_path, "dev") == [
         "D/dev.tsv: no example is labelled (it has no column label or Quality, but index, sentence1, sentence2); only "
         "a test split may be without labels"
     ]
     path.write_bytes(HEADER.encode() + b"0\tol\xe1\tb\tentailment\n")
-    assert told("rte", tmp_path, "dev") == ["D/dev.tsv:2: is not UTF-8; convert the file"]
+    assert problems("rte", tmp_path, "dev") == ["D/dev.tsv:2: is not UTF-8; convert the file"]
 
 
-def test_only_the_first_ten_problems_are_told(tmp_path: Path) -> None:
+def test_only_the_first_ten_problems_are_reported(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text(HEADER + "".join(f"{i}\ta\tb\tx\n" for i in range(13)))
-    problems = told("rte", tmp_path, "dev")
-    assert len(problems) == 11
-    assert problems[-1] == "D/dev.tsv: and 3 more problems"
+    found = problems("rte", tmp_path, "dev")
+    assert len(found) == 11
+    assert found[-1] == "D/dev.tsv: and 3 more problems"
 
 
 def test_a_table_as_json_lines_has_labels_by_index_and_hidden_ones(tmp_path: Path) -> None:
@@ -131,11 +135,13 @@ def test_a_table_as_json_lines_has_labels_by_index_and_hidden_ones(tmp_path: Pat
         ("7", None),
     ]
     rows(path, {**row, "label": 2})
-    assert told("rte", tmp_path, "test") == ['D/test.jsonl:1: unknown label "2"; rte has entailment, not_entailment']
+    assert problems("rte", tmp_path, "test") == [
+        'D/test.jsonl:1: unknown label "2"; rte has entailment, not_entailment'
+    ]
     rows(path, {**row, "label": 2.5}, {**row, "label": -1.0})
     assert [(p.id, p.score) for p in TASKS["stsb"].read(tmp_path, "test")] == [("0", 2.5), ("1", None)]
     path.write_text('{"sentence1": "a"\n[1]\n')
-    assert told("stsb", tmp_path, "test") == [
+    assert problems("stsb", tmp_path, "test") == [
         "D/test.jsonl:1: is not JSON (Expecting ',' delimiter); one object a line is expected",
         "D/test.jsonl:2: is no JSON object; one object a line is expected",
     ]
@@ -172,21 +178,21 @@ def test_flat_rows_of_questions(tmp_path: Path) -> None:
 def test_wrong_spans(tmp_path: Path) -> None:
     path = tmp_path / "dev.json"
     squad(path, question("1"), question("1", ("rio", 2)), question("3", ("rio", 2), is_impossible=True), {"id": "4"})
-    assert told("faquad", tmp_path, "dev") == [
+    assert problems("faquad", tmp_path, "dev") == [
         'D/dev.json: question "3" of "Rios": is_impossible, and yet it has answers; take out one of them',
         'D/dev.json: question "4" of "Rios": a part is missing or no text; id, question and context are expected',
         'D/dev.json: question "1" of "Rios": id "1" is already at question "1" of "Rios"; ids must differ',
     ]
     path.write_text('{"data": [{"title": "x", "paragraphs": [{"qas": []}]}]}')
-    assert told("faquad", tmp_path, "dev") == [
+    assert problems("faquad", tmp_path, "dev") == [
         "D/dev.json: has no question; SQuAD's JSON or rows of questions are expected"
     ]
     path.write_text('{"rows": []}')
-    assert told("faquad", tmp_path, "dev") == [
+    assert problems("faquad", tmp_path, "dev") == [
         "D/dev.json: is not SQuAD's JSON (no 'data'); data, paragraphs, context, qas are expected"
     ]
     path.write_text('{"data": [')
-    assert told("faquad", tmp_path, "dev") == ["D/dev.json:1: is not JSON (Expecting value); get the file again"]
+    assert problems("faquad", tmp_path, "dev") == ["D/dev.json:1: is not JSON (Expecting value); get the file again"]
 
 
 def test_last_words(tmp_path: Path) -> None:
@@ -201,7 +207,7 @@ def test_last_words(tmp_path: Path) -> None:
     rows(path, {"sentence": "de bem para", "last_word": "para"}, {"sentence": "O", "last_word": "fim"})
     assert [e.context for e in TASKS["calame"].read(tmp_path, "test")] == ["de bem para", "O"]
     rows(path, {"sentence": "", "last_word": "fim"}, {"sentence": "a", "last_word": 3})
-    assert told("calame", tmp_path, "test") == [
+    assert problems("calame", tmp_path, "test") == [
         f"D/test.jsonl:{line}: a part is missing or no text; sentence and last_word, or text, are expected"
         for line in (1, 2)
     ]
@@ -212,19 +218,19 @@ def test_wrong_choices(tmp_path: Path) -> None:
     rows(
         tmp_path / "dev_pt.jsonl", {"id": "x", "question": question, "answerKey": "C"}, {"id": "y", "question": "Qual?"}
     )
-    assert told("exams", tmp_path, "dev") == [
+    assert problems("exams", tmp_path, "dev") == [
         'D/dev_pt.jsonl:1: unknown answerKey "C"; the choices are A, B',
         "D/dev_pt.jsonl:2: a part is missing or no text; question with stem and choices is expected",
     ]
     rows(
         tmp_path / "2024.jsonl", {"question": "Qual?", "alternatives": ["a", "b"], "label": "Z"}, {"question": "Qual?"}
     )
-    assert told("enem-2024", tmp_path, "test") == [
+    assert problems("enem-2024", tmp_path, "test") == [
         'D/2024.jsonl:1: unknown label "Z"; a letter from A to E or Anulado is expected',
         "D/2024.jsonl:2: a part is missing or no text; question, and options or alternatives, are expected",
     ]
     (tmp_path / "portuguese_wsc.json").write_text(json.dumps([{"correct_sentence": "a", "incorrect_sentence": "a"}, 1]))
-    assert told("wsc", tmp_path, "test") == [
+    assert problems("wsc", tmp_path, "test") == [
         "D/portuguese_wsc.json: question 0: a sentence is missing or both are alike; two are expected",
         "D/portuguese_wsc.json: question 1: is no JSON object; a list of objects is expected",
     ]
