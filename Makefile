@@ -23,7 +23,7 @@ ARGS ?=
 SRUN ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint corpus pretrain finetune evaluate tensorboard bench clean slurm-check slurm-test
+.PHONY: help setup demo test test-hard lint corpus pretrain finetune evaluate tensorboard bench clean slurm-check slurm-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -45,6 +45,9 @@ demo: $(READY) ## sample corpus -> pre-training -> Hugging Face folder -> a gene
 
 test: $(READY) ## the whole test suite (two cores, no GPU)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-hard: $(READY) ## the suite on one core, under load, on older kernels, in random orders (an hour): ARGS="one-core load+order-1"
+	$(PYTHON) -m tests.hard $(ARGS)
 
 lint: $(READY) ## ruff: style and format
 	$(PYTHON) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GLORIA_TEST_ORDER=7 runs the tests in the seventh of many random orders."""
+    if order := os.environ.get("GLORIA_TEST_ORDER"):
+        random.Random(order).shuffle(items)
 
 
 @pytest.fixture
