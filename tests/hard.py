@@ -122,7 +122,9 @@ def read(report: Path, result: Result) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help=f"joined by +: {', '.join(ENVIRONMENTS)}; default: {' '.join(RUNS)}")
+    parser.add_argument(
+        "settings", nargs="*", help=f"joined by +: {', '.join(ENVIRONMENTS)}; default: {' '.join(RUNS)}"
+    )
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="what follows goes to pytest")
     options = parser.parse_args()
     runs = options.settings or list(RUNS)

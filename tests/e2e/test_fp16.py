@@ -57,7 +57,7 @@ def test_gradients_are_those_of_fp32(recipe, tmp_path, monkeypatch, capsys):
     than its rounding error AdamW still takes a whole step, so weights that do move part by several per cent.)
     Each operation rounds its result by at most ROUNDING = 2^-11 of it, 0.6 times that in the root mean square. A
     gradient has come through at most 72: the 12 of each of 2 layers, once forward and twice backward. Their errors are
-    independent: 0.6 * sqrt(72) = 5 ROUNDING, twice that in a square. Residual sums carry most of a gradient past a layer,
+    independent: 0.6 * sqrt(72) = 5 ROUNDING, twice that in a square. Residual sums carry most of it past a layer,
     which lowers this; terms that cancel raise it, most for the first LayerNorm. Seeds 0 to 19 on five kernels gave
     2.2 to 3.9 ROUNDING, this seed 2.3; the last step's scale wrong by a factor of two would be 50 and more.
     """
