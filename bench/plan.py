@@ -1,10 +1,10 @@
-"""Does the plan tell the truth? Its memory and FLOPs of a step against measured ones, and what it costs to plan.
+"""Is the plan right? Its memory and FLOPs of a step against measured ones, and what it costs to plan.
 
     python bench/plan.py
 
 Six configurations of gloria.pretrain run some steps on this machine's CPU, each in processes of its own. Memory is
 measured twice: `tensors` is the peak of what torch's CPU allocator has handed out (torch.profiler's memory events, as
-torch.cuda.max_memory_allocated would tell on a GPU), and that is what is planned; `resident` is how much more ru_maxrss
+torch.cuda.max_memory_allocated reports on a GPU), and that is what is planned; `resident` is how much more ru_maxrss
 is than that of the same run with a model of next to nothing: the operations' own scratch memory is in it. With several
 ranks gloo's threads free memory behind the profiler's back, so what seems left over from earlier steps is taken off.
 FLOPs are those of torch.utils.flop_counter.

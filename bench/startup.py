@@ -18,7 +18,7 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
 
 def first_step_seconds(corpus: str, run_dir: Path) -> float:
-    """Seconds until metrics.jsonl tells of step 1."""
+    """Seconds until metrics.jsonl has step 1."""
     command = [
         *(sys.executable, "-m", "gloria.pretrain", "--config", str(LAUNCH / "demo.toml"), "--data.corpus", corpus),
         *("--run.dir", str(run_dir), "--train.steps", "1", "--schedule.warmup_steps", "0", "--log.every", "1"),

@@ -3,8 +3,8 @@
     python -m gloria.doctor [the arguments of gloria.pretrain]
     srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 python -m gloria.doctor --config launch/gloria-1.3b.toml
 
-Every rank looks at its node, the ranks tell each other, and rank 0 prints a table: what was found, what is wrong and
-what to do about it. Exit status 2 where something is wrong.
+Every rank looks at its node, the ranks exchange what they found, and rank 0 prints a table: what was found, what
+is wrong and what to do about it. Exit status 2 where something is wrong.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Row:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look, tell, and give 2 where something is wrong."""
+    """Look and report; exit status 2 where something is wrong."""
     environment = read_environment()
     config, plan, problem = _read_recipe(argv)
     try:
@@ -178,25 +178,29 @@ def _versions_row(facts: list[Facts]) -> Row:
 
 
 def _gpu_row(facts: list[Facts]) -> Row:
-    def told(fact: Facts) -> str:
+    def cards(fact: Facts) -> str:
         names = sorted(set(fact["gpus"]))
         return f"{len(fact['gpus'])} x {' and '.join(names)}" if names else "none"
 
     if not any(fact["gpus"] for fact in facts):
         threads = max(1, facts[0]["cores"] // facts[0]["local_world"])
         return Row("gpus", f"none: ranks run on CPU, each with {threads} of its node's {facts[0]['cores']} cores")
-    if not alike(facts, told):
-        return Row("gpus", by_value(facts, told), "ask for nodes of one kind: sbatch --constraint or --gres=gpu:KIND:N")
+    if not alike(facts, cards):
+        return Row(
+            "gpus", by_value(facts, cards), "ask for nodes of one kind: sbatch --constraint or --gres=gpu:KIND:N"
+        )
     if any(len(set(fact["gpus"])) > 1 for fact in facts):
-        return Row("gpus", told(facts[0]), "use cards of one kind: the slowest, and the smallest memory, sets the pace")
+        return Row(
+            "gpus", cards(facts[0]), "use cards of one kind: the slowest, and the smallest memory, sets the pace"
+        )
     if facts[0]["local_world"] > len(facts[0]["gpus"]):
         ranks, count = facts[0]["local_world"], len(facts[0]["gpus"])
-        return Row("gpus", f"{told(facts[0])} for {ranks} ranks a node", f"start {count} ranks a node, one a GPU")
-    return Row("gpus", f"{told(facts[0])} a node, {facts[0]['local_world']} ranks")
+        return Row("gpus", f"{cards(facts[0])} for {ranks} ranks a node", f"start {count} ranks a node, one a GPU")
+    return Row("gpus", f"{cards(facts[0])} a node, {facts[0]['local_world']} ranks")
 
 
 def _network_row(facts: list[Facts]) -> Row:
-    """By which interface the nodes talk, and whether one of them has a faster one."""
+    """Which interface connects the nodes, and whether one of them has a faster one."""
     if len({fact["node"] for fact in facts}) == 1:
         return Row("network", "one node: nothing goes over it")
     found = f"gloo by {by_value(facts, lambda fact: fact['interface'])}"
@@ -215,7 +219,7 @@ def _network_row(facts: list[Facts]) -> Row:
 
 def _recipe_row(facts: list[Facts]) -> Row:
     if any(fact["problem"] for fact in facts):
-        return Row("recipe", by_value(facts, lambda fact: fact["problem"] or "right"), "mend it, and look again")
+        return Row("recipe", by_value(facts, lambda fact: fact["problem"] or "right"), "fix it and rerun")
     for key in ("recipe", "tokenizer"):
         if not alike(facts, lambda fact, key=key: fact[key]):
             found = by_value(facts, lambda fact, key=key: fact[key][:8])
@@ -289,8 +293,8 @@ def _corpus_row(environment: Environment, plan: RunPlan) -> Row:
         return Row("corpus", found, "put the corpus where all nodes can read it")
     slowest = min(facts, key=lambda fact: fact["bytes"] / fact["seconds"])
     speed = slowest["bytes"] / slowest["seconds"] / 1e6
-    told = f"{slowest['node']}, the slowest of {len(facts)} nodes that read at once, " if len(facts) > 1 else ""
-    return Row("corpus", f"{speed:,.0f} MB/s ({told}{size_text(slowest['bytes'])})")
+    where = f"{slowest['node']}, the slowest of {len(facts)} nodes that read at once, " if len(facts) > 1 else ""
+    return Row("corpus", f"{speed:,.0f} MB/s ({where}{size_text(slowest['bytes'])})")
 
 
 def _read_some(folder: Path) -> tuple[int, float]:
@@ -315,19 +319,19 @@ def _shared_row(environment: Environment, facts: list[Facts], folder: Path) -> R
     problem = ""
     if rank == 0:
         problem = _attempt(lambda: (folder.mkdir(parents=True, exist_ok=True), files[0].touch()))
-    told = gather({"node": node, "problem": problem})
-    if not told[0]["problem"]:
+    seen = gather({"node": node, "problem": problem})
+    if not seen[0]["problem"]:
         if rank in files and rank != 0:
-            problem = f"what {told[0]['node']} writes is not seen"
+            problem = f"what {seen[0]['node']} writes is not seen"
             if files[0].exists():
                 problem = _attempt(files[rank].touch)
-        told = gather({"node": node, "problem": problem})
+        seen = gather({"node": node, "problem": problem})
         if rank == 0:
             lost = [
-                told[other]["node"] for other, file in files.items() if not told[other]["problem"] and not file.exists()
+                seen[other]["node"] for other, file in files.items() if not seen[other]["problem"] and not file.exists()
             ]
             problem = f"what {', '.join(lost)} writes is not seen" if lost else ""
-        told = gather({"node": node, "problem": problem})
+        seen = gather({"node": node, "problem": problem})
         with suppress(OSError):
             if rank in files:
                 files[rank].unlink()
@@ -336,8 +340,8 @@ def _shared_row(environment: Environment, facts: list[Facts], folder: Path) -> R
         with suppress(OSError):
             for path in made:
                 path.rmdir()
-    if any(fact["problem"] for fact in told):
-        found = by_value(told, lambda fact: fact["problem"] or "right")
+    if any(fact["problem"] for fact in seen):
+        found = by_value(seen, lambda fact: fact["problem"] or "right")
         return Row(
             "run folder", f"{folder}: {found}", "choose a run.dir in a folder that all nodes share and may write"
         )

@@ -189,7 +189,7 @@ def without_corpus(config: PretrainConfig, precision: str, why: str) -> Job:
     shares = ", ".join(f"{name} {weight / total:.4f}" for name, weight in weights.items())
     unknown = (
         f"no corpus at {corpus} yet: a vocabulary of {vocab_size:,} is assumed, and epochs are unknown",
-        f"shares of the recipe: {shares}" if shares else "shares: the corpus will tell",
+        f"shares of the recipe: {shares}" if shares else "shares: those of the corpus",
     )
     return Job(config, shape, train.steps, precision, why, (), unknown)
 
@@ -316,8 +316,8 @@ def table_lines(job: Job, machine: Machine) -> Iterator[str]:
     batch, replicas = job.config.train.global_batch, job.config.dist.replicas
     for gpus in COUNTS:
         if batch % gpus or gpus % replicas:
-            what = f"{batch} windows a step do" if batch % gpus else f"dist.replicas {replicas} does"
-            yield f"{gpus:>5}  {what} not go with it"
+            what = f"global batch {batch}" if batch % gpus else f"dist.replicas {replicas}"
+            yield f"{gpus:>5}  not possible: {what}"
             continue
         step = largest_that_fits(job, machine, gpus, job.config.train.micro_batch)
         if step is None:

@@ -94,7 +94,7 @@ def test_nodes_that_are_alike_have_nothing_wrong():
             doctor._recipe_row,
             {"problem": "data/x: no such folder; make one"},
             "right on gpu01; data/x: no such folder; make one on gpu02",
-            "mend it, and look again",
+            "fix it and rerun",
         ),
         (
             doctor._recipe_row,

@@ -92,7 +92,7 @@ def test_a_table_from_1_to_1024_gpus_that_says_where_a_job_does_not_fit(capsys: 
     assert rows["1"].split()[1:4] == ["does", "not", "fit:"]
     assert rows["4"].split()[:3] == ["4", "8", "16"]
     assert rows["512"].split()[:3] == ["512", "1", "1"]
-    assert rows["1024"] == " 1024  512 windows a step do not go with it"
+    assert rows["1024"] == " 1024  not possible: global batch 512"
     assert [word for word in rows if word.isdigit()] == [str(2**power) for power in range(11)]
 
 

@@ -17,10 +17,10 @@ class GPU:
 
     name: str  # as `python -m gloria.plan --gpus` has it
     cuda_name: str  # pattern of CUDA's name for it, without the vendor
-    memory: int  # MiB, as nvidia-smi tells it
+    memory: int  # MiB, as nvidia-smi reports it
     bf16: float | None  # tensor cores, fp32 accumulation
     fp16: float | None  # the same
-    fp32: float | None  # outside tensor cores: torch multiplies fp32 matrices there unless told otherwise
+    fp32: float | None  # outside tensor cores: torch multiplies fp32 matrices there by default
     link: float | None  # GB/s to the other GPUs of its node, one way: NVLink, or PCIe where it has none for all
     source: str
 
@@ -72,26 +72,26 @@ def precision_option() -> str:
     )
 
 
-def resolve_precision(asked: str, card: str | None, *, has_bf16: bool = False) -> tuple[str, str]:
+def resolve_precision(precision: str, card: str | None, *, has_bf16: bool = False) -> tuple[str, str]:
     """What `train.precision` is on a card (its name, None for a CPU), and why, in words.
 
     `auto` is bf16 where the card has it, fp16 on other cards, which is as fast and needs its loss scaled, and fp32 on
     CPU, where 16 bits are slower. UserError for bf16 on a card without: torch would emulate it, many times slower.
     """
-    if asked == "auto" and card is None:
+    if precision == "auto" and card is None:
         return "fp32", "no GPU is used"
-    if asked == "auto":
+    if precision == "auto":
         return ("bf16", f"{card} has it") if has_bf16 else ("fp16", f"{card} has no bf16")
-    if asked == "bf16" and card is not None and not has_bf16:
+    if precision == "bf16" and card is not None and not has_bf16:
         raise UserError(f"train.precision: {card} has no bf16; set it to auto, fp16 or fp32")
-    return asked, "as the recipe has it"
+    return precision, "as the recipe has it"
 
 
-def precision_on(asked: str, card: GPU | None) -> tuple[str, str]:
+def precision_on(precision: str, card: GPU | None) -> tuple[str, str]:
     """`resolve_precision` for a card, None for a CPU; one that is not in the table is taken to have bf16."""
     if card is None:
-        return resolve_precision(asked, None)
-    return resolve_precision(asked, card.name, has_bf16=bool(card.bf16 or not card.fp16))
+        return resolve_precision(precision, None)
+    return resolve_precision(precision, card.name, has_bf16=bool(card.bf16 or not card.fp16))
 
 
 def card_of_cuda_name(cuda_name: str) -> GPU | None:

@@ -23,10 +23,10 @@ _SIOCGIFADDR = 0x8915
 def addresses() -> dict[str, str]:
     """IPv4 address by interface, of those that have one."""
     found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:  # it has none
                 continue
             found[name] = socket.inet_ntoa(answer[20:24])
@@ -35,12 +35,12 @@ def addresses() -> dict[str, str]:
 
 def interface_to(peer: str) -> str:
     """The interface whose address a packet to `peer` would bear, or "" where none leads there. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            asked.connect((peer, 9))
+            probe.connect((peer, 9))
         except OSError:
             return ""
-        own = asked.getsockname()[0]
+        own = probe.getsockname()[0]
     return next((name for name, address in addresses().items() if address == own), "")
 
 
