@@ -49,6 +49,7 @@ from gloria.dist.state import (
 )
 from gloria.dist.tensor_file import byte_view, write_tensor_file
 from gloria.files import write_all
+from gloria.optim.optimizers import OptimConfig, build_optimizer
 
 WIDTH = 1024
 
@@ -61,7 +62,7 @@ def build(megabytes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, torch.optim.AdamW(model.parameters(), fused=True)
+    return model, build_optimizer(OptimConfig(), model.named_parameters())
 
 
 def side_by_side(*functions: Callable[[], Any], repeats: int, before: Callable[[], Any] | None = None) -> list[float]:

@@ -17,6 +17,7 @@ from gloria.errors import run_command
 from gloria.export import main
 from gloria.model.huggingface import read_tensors
 from gloria.model.transformer import Transformer
+from gloria.optim.optimizers import OptimConfig, build_optimizer
 from tests.tiny_models import GPT_NEO, make_tokenizer, random_ids, uneven_model
 
 SHAPE = replace(GPT_NEO, vocab_size=600)
@@ -29,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Trans
     make_tokenizer(folder / "tokenizer")
     models = {step: uneven_model(SHAPE, seed=step) for step in (10, 20)}
     for step, model in models.items():
-        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = build_optimizer(OptimConfig(), model.named_parameters())
         ids = random_ids(SHAPE, 2, 20)
         model(ids, ids).sum().backward()
         optimizer.step()

@@ -1,8 +1,8 @@
 """What a run must remember of its model, its optimizer and its random numbers, as plain named tensors.
 
 A state dict here is `{name: Shard}`: the rows of each tensor that this rank holds, and where they belong.
-Names are `model.NAME`, `optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step.NAME` with the parameter's
-own NAME. Works for FSDP2 (one shard dimension), HSDP (replicate x shard) and parameters that are not sharded
+Names are `model.NAME` and `optim.KEY.NAME` with the parameter's own NAME and the optimizer's KEY (exp_avg, step,
+...). Works for FSDP2 (one shard dimension), HSDP (replicate x shard) and parameters that are not sharded
 at all. Nothing here communicates.
 """
 
@@ -45,14 +45,10 @@ def model_state_dict(model: nn.Module) -> dict[str, Shard]:
 
 
 def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
-    """This rank's rows of the optimizer's state, as `optim.KEY.NAME`.
-
-    State that a first step would make is made (zeros, as the optimizer does), so the names never depend on
-    how far the run is.
-    """
-    _make_state(optimizer)
+    """This rank's rows of the optimizer's state, as `optim.KEY.NAME`; `build_optimizer` has made it before any step."""
     found = {}
     for parameter, name in _optimized(model, optimizer):
+        assert optimizer.state[parameter], f"{name} has no state: build the optimizer with build_optimizer"
         for key, value in optimizer.state[parameter].items():
             found[f"optim.{key}.{name}"] = _local_shard(value)
     return found
@@ -125,19 +121,3 @@ def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple
     model.state_dict()  # takes the sharded parameters back, see model_state_dict
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [(parameter, names[parameter]) for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """What `_init_group` of torch's AdamW and RAdam makes at a parameter's first step."""
-    assert isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam)), type(optimizer)
-    for group in optimizer.param_groups:
-        on_device = group["capturable"] or group.get("fused")
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if state:
-                continue
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if group.get("amsgrad"):
-                state["max_exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

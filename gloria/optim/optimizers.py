@@ -1,14 +1,78 @@
-"""Which parameters decay, and the optimizers, over plain and FSDP2-sharded parameters alike."""
+"""The recipe's [optim] section, which parameters decay, and the optimizers, over plain and FSDP2-sharded parameters.
+
+An optimizer is an entry of OPTIMIZERS and nothing else. Imports torch only to build one: recipes are checked without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from gloria.config.cli import option
 
-from gloria.optim.config import OptimConfig
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer: how it is built from groups of parameters, and what it keeps of a parameter before its first step.
+
+    `first_state(parameter, group)` has the names, shapes and values that the optimizer's own first step would make.
+    """
+
+    build: Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]
+    first_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    from torch.optim import AdamW
+
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _radam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    from torch.optim import RAdam
+
+    return RAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, decoupled_weight_decay=True)
+
+
+def adam_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The step, on the device where the optimizer is fused, and the averages of gradient and squared gradient."""
+    import torch
+
+    device = parameter.device if group.get("fused") else "cpu"
+    averages = {name: torch.zeros_like(parameter).detach() for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32, device=device), **averages}
+
+
+OPTIMIZERS = {"adamw": Entry(_adamw, adam_state), "radam": Entry(_radam, adam_state)}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How gradients become updates."""
+
+    name: str = option(
+        "adamw",
+        "AdamW, or RAdam (arXiv 1908.03265), which needs no warm-up; both with decoupled weight decay",
+        choices=tuple(OPTIMIZERS),
+    )
+    lr: float = option(
+        1e-4, "peak learning rate; use less for larger models", above=0.0, other_names=("learning_rate",)
+    )
+    weight_decay: float = option(
+        0.01, "share of lr by which weights shrink a step; biases, norms and embeddings never do", minimum=0.0
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.95),
+        "decay a step of the averages of gradient and squared gradient; 0.95 forgets a loss spike sooner",
+        minimum=0.0,
+        maximum=0.999999,
+    )
+    eps: float = option(1e-8, "added to the root of the squared gradient's average, against dividing by 0", above=0.0)
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -26,16 +90,19 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
 
 
 def build_optimizer(config: OptimConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer a recipe asks for, its rate at the peak.
+    """The optimizer that a recipe requests, its rate at the peak, its state as before the first step.
 
-    AdamW is torch's fused one, on CPU too: set its attribute `found_inf` to a float tensor without dimensions
-    (with one it fails), and a step for which it is 1 leaves weights and state as they are, without the host
-    having to look. RAdam reads no such attribute: the caller must look, and skip `step()`.
+    So a checkpoint's names never depend on how far the run is. AdamW is torch's fused one, on CPU too: set its
+    attribute `found_inf` to a float tensor without dimensions (with one it fails), and a step for which it is 1
+    leaves weights and state as they are, without the host having to look. RAdam reads no such attribute: the caller
+    must look, and skip `step()`.
     """
-    groups = parameter_groups(named_parameters, config.weight_decay)
-    if config.name == "radam":
-        return torch.optim.RAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, decoupled_weight_decay=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    entry = OPTIMIZERS[config.name]
+    optimizer = entry.build(parameter_groups(named_parameters, config.weight_decay), config)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = entry.first_state(parameter, group)
+    return optimizer
 
 
 def _is_embedding(name: str) -> bool:

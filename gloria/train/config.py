@@ -26,7 +26,7 @@ from gloria.errors import UserError
 from gloria.model.config import ModelSection, TransformerConfig, count_parameters, flops_per_token, resolve_shape
 from gloria.model.memory import Memory, memory_per_rank
 from gloria.optim import schedules
-from gloria.optim.config import OptimConfig
+from gloria.optim.optimizers import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
 from gloria.train.metrics import LogConfig
 from gloria.train.sections import (

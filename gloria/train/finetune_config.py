@@ -15,7 +15,7 @@ from gloria.config.toml import RECIPES
 from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
 from gloria.optim import schedules
-from gloria.optim.config import OptimConfig
+from gloria.optim.optimizers import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
 from gloria.tasks.catalog import TASKS
 from gloria.train.metrics import LogConfig

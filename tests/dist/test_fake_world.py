@@ -13,9 +13,8 @@ from gloria.dist.sharding import build_mesh
 from gloria.dist.state import model_state_dict
 from gloria.model.memory import memory_per_rank
 from gloria.model.config import PRESETS, TransformerConfig, parameter_shapes
-from gloria.optim.config import OptimConfig
+from gloria.optim.optimizers import OptimConfig, build_optimizer
 from gloria.train.pretraining import shard_model
-from gloria.optim.optimizers import build_optimizer
 from tests.world import run_world
 
 WORLD = 1024

@@ -24,9 +24,8 @@ from gloria.dist.sharding import (
 from gloria.dist.step_sums import Flags, StepSums, decide_update, new_running_norm, overflowed, pack_sums, unpack_sums
 from gloria.errors import UserError
 from gloria.model.transformer import initial_value
-from gloria.optim.config import OptimConfig
+from gloria.optim.optimizers import OptimConfig, build_optimizer
 from gloria.train.pretraining import shard_model
-from gloria.optim.optimizers import build_optimizer
 from tests.dist.test_sharding import batch, tiny_shape
 from tests.world import run_world
 

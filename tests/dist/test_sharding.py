@@ -22,9 +22,8 @@ from gloria.dist.step_sums import SPIKE_WINDOW, Flags, decide_update, new_runnin
 from gloria.errors import UserError
 from gloria.model.transformer import Transformer, initial_value
 from gloria.model.config import TransformerConfig
-from gloria.optim.config import OptimConfig
+from gloria.optim.optimizers import OptimConfig, build_optimizer
 from gloria.train.pretraining import shard_model
-from gloria.optim.optimizers import build_optimizer
 from tests.world import run_world
 
 ROWS, LENGTH, SEED = 4, 40, 3

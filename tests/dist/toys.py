@@ -23,6 +23,7 @@ from gloria.dist.state import (
     rng_state_dict,
     shard_rows,
 )
+from gloria.optim.optimizers import OptimConfig, build_optimizer
 
 WIDTH = 8
 
@@ -72,13 +73,8 @@ def build(vocab: int, optimizer: str = "adamw", replicas: int = 1, seed: int = 0
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if optimizer == "radam":
-        return model, torch.optim.RAdam(groups, lr=1e-2, decoupled_weight_decay=True)
-    return model, torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    config = OptimConfig(optimizer, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999))
+    return model, build_optimizer(config, model.named_parameters())
 
 
 def train_step(model: Toy, optimizer: torch.optim.Optimizer, step: int, *, batch: int = 12) -> float:

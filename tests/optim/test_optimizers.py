@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
-from gloria.optim.config import OptimConfig
-from gloria.optim.optimizers import build_optimizer, parameter_groups
+from gloria.dist.state import load_training_state, training_state
+from gloria.optim.optimizers import OPTIMIZERS, Entry, OptimConfig, build_optimizer, parameter_groups
 from tests.world import run_world
 
 GPT2 = {
@@ -140,3 +141,40 @@ def test_found_inf_works_on_sharded_parameters(world: int) -> None:
     for same in run_world(step_sharded, world, timeout=60):
         assert "weight.step" in same
         assert all(same.values()), same
+
+
+def test_an_optimizer_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is a choice of the recipe, and its state is saved before the first step and loaded again to the bit."""
+
+    def momentum(parameter: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+
+    def build(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0])
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", Entry(build, momentum))
+    config = OptimConfig("sgd", lr=0.1, weight_decay=0.0)
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        return model, build_optimizer(config, model.named_parameters())
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, value: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+
+    (model, optimizer), (plain, _) = begin(), begin()
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    names = list(training_state(model, optimizer))
+    assert names == ["model.weight", "model.bias", "optim.momentum_buffer.weight", "optim.momentum_buffer.bias"]
+    step(model, optimizer, 0.5)
+    step(plain, theirs, 0.5)
+    saved = {name: shard.tensor.clone() for name, shard in training_state(model, optimizer).items()}
+    model, optimizer = begin()
+    load_training_state(model, optimizer, lambda name, tensor, *_: tensor.copy_(saved[name]))
+    step(model, optimizer, -0.2)
+    step(plain, theirs, -0.2)
+    assert all(torch.equal(ours, other) for ours, other in zip(model.parameters(), plain.parameters()))
+    assert next(item for item in fields(OptimConfig) if item.name == "name").metadata["choices"] == ("adamw", "radam")
