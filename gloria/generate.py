@@ -35,7 +35,7 @@ class GenerateOptions:
     temperature: float = option(0.8, "below 1 more likely tokens, above 1 more variety", above=0)
     top_k: int = option(0, "sample among the K likeliest tokens, 0: among all", minimum=0)
     top_p: float = option(0.95, "sample among the likeliest that make up this share", above=0, maximum=1)
-    seed: int = option(0, "of the sampling", minimum=0)
+    seed: int = option(0, "of the sampling", minimum=0, maximum=2**63 - 1)
 
 
 @torch.no_grad()
