@@ -246,17 +246,36 @@ def partial_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(out)
         folder = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
-        folder.mkdir()
+        with _one_launch_at_a_time(out):
+            remove_partial(out)
+            folder.mkdir()
+            lock = create_file(folder / "lock")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"{out}: can't be made there ({error.strerror}); choose another place") from None
     try:
-        with open(create_file(folder / "lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield folder
+        yield folder
     finally:
-        remove_folder(folder)
+        with _one_launch_at_a_time(out):
+            remove_folder(folder)
+        os.close(lock)
+
+
+@contextmanager
+def _one_launch_at_a_time(out: Path) -> Iterator[None]:
+    """Wait until no other launch looks for partial folders of `out`, or makes or removes its own."""
+    path = out.with_name(f".{out.name}.launch")
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # The launch before has removed the file, perhaps while this one waited for it.
+            if path.exists() and os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
 
 
 def remove_partial(out: Path) -> None:

@@ -29,6 +29,7 @@ from gloria.data.prepare.recipe import Recipe, SourceFile, read_recipe, to_recor
 from gloria.data.prepare.report import report
 from gloria.data.prepare.workers import available_cores
 from gloria.data.tokenizer import tokenizer_fingerprint
+from gloria.dist.signals import end_on_stop_signals
 from gloria.errors import UserError, run_command, warn
 from gloria.files import partial_folder, publish, size_text
 
@@ -74,6 +75,8 @@ def make(recipe: Recipe, where: str, out: Path, workers: int, *, replace: bool) 
         raise UserError(f"{out}: is there and is no corpus; give another --out, or remove it")
     files = find_files(recipe, where)
     with partial_folder(out) as work:
+        if (out / MANIFEST).exists() and not replace:
+            raise UserError(f"{out}: another launch has just made it; run this again to check it, or --force")
         require_disk(files, out)
         try:
             manifest, effort = make_corpus(recipe, files, where, work, workers)
@@ -137,4 +140,5 @@ def require_disk(files: Sequence[Sequence[SourceFile]], out: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_on_stop_signals("what is unfinished is removed; the same command starts again")
     raise SystemExit(run_command(main))

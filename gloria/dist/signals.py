@@ -30,6 +30,22 @@ def install_stop_handlers(then: str = "the run saves and stops after this step")
         signal.signal(number, _remember)
 
 
+def end_on_stop_signals(then: str) -> None:
+    """From here on SIGTERM and SIGHUP end the process as an exception does, with 128 + the signal as its status.
+
+    `then` is what is said to follow. A SIGHUP that is ignored (nohup) stays so; while it ends, more are ignored.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: {then}\n".encode())
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
 def _remember(number: int, _frame: FrameType | None) -> None:
     if number == signal.SIGINT and signal.SIGINT in _received:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

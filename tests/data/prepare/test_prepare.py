@@ -8,6 +8,8 @@ import gzip
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -233,12 +235,18 @@ def test_the_tokenizer_learns_from_a_sample_by_weight_without_validation(
     assert np.histogram(places, 4, (0, 1))[0].min() > len(places) / 10
 
 
-def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None:
+def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
+    """A launch with two workers, in a process group of its own."""
+    command = [sys.executable, "-m", "gloria.prepare", str(recipe), "--out", str(out), "--workers", "2"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def start_and_wait(tmp_path: Path, tokenizer: str) -> tuple[subprocess.Popen[str], list[int], Path]:
+    """A launch that is tokenising, its workers, and its recipe."""
     for name in ("um", "dois"):
         write_lines(tmp_path / name / "a.jsonl", make_texts(name, 6000, 100))
-    recipe, out = write_recipe(tmp_path, ["um", "dois"], tokenizer), tmp_path / "out"
-    command = [sys.executable, "-m", "gloria.prepare", str(recipe), "--out", str(out), "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    recipe = write_recipe(tmp_path, ["um", "dois"], tokenizer)
+    process = start(recipe, tmp_path / "out")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial-*/tokens/*.tokens")):
         assert process.poll() is None, "it ended before it could be killed"
@@ -246,21 +254,54 @@ def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None
         time.sleep(0.01)
     workers = children_of(process.pid)
     assert len(workers) >= 2
-    process.kill()
-    process.wait()
-    assert not out.exists()
-    (partial,) = tmp_path.glob("out.partial-*")
-    assert not list(partial.rglob("manifest.json"))
+    return process, workers, recipe
+
+
+def wait_for_end(workers: list[int]) -> None:
+    deadline = time.monotonic() + 60
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline, "workers outlived their parent"
         time.sleep(0.01)
+
+
+def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None:
+    process, workers, recipe = start_and_wait(tmp_path, tokenizer)
+    out = tmp_path / "out"
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    (partial,) = tmp_path.glob("out.partial-*")
+    assert not list(partial.rglob("manifest.json"))
+    wait_for_end(workers)
     with pytest.raises(UserError, match=r"no such folder, only an unfinished out\.partial-"):
         open_corpus(out)
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout.splitlines()[0] == f"{partial}: left by a launch that died, removed"
-    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    # Several at once: one makes it, the others end in a line.
+    again = [start(recipe, out) for _ in range(3)]
+    ends = [(process.communicate(), process.returncode) for process in again]
+    assert sorted(status for _, status in ends) == [0, 2, 2]
+    lines = [printed for (printed, _), status in ends if status == 0]
+    assert sum(f"{partial}: left by a launch that died, removed\n" in "".join(printed) for printed, _ in ends) == 1
+    assert lines[0].count("\n") > 3
+    for (_, error), status in ends:
+        assert status == 0 or re.fullmatch(rf"error: {out}: another launch (is making|has just made) it[^\n]*\n", error)
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
     run(recipe, tmp_path / "other")
     assert files_of(tmp_path / "other") == files_of(out)
+
+
+@pytest.mark.parametrize(("number", "whole_group"), [(signal.SIGTERM, True), (signal.SIGHUP, False)])
+def test_a_stop_signal_leaves_nothing_and_says_so(
+    tmp_path: Path, tokenizer: str, number: signal.Signals, whole_group: bool
+) -> None:
+    process, workers, _ = start_and_wait(tmp_path, tokenizer)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    _, error = process.communicate()
+    assert process.returncode == 128 + number
+    line = f"{number.name}: what is unfinished is removed; the same command starts again\n"
+    assert error.endswith(line)
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("*out*"))
+    wait_for_end(workers)
 
 
 def children_of(parent: int) -> list[int]:
