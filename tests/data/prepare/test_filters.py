@@ -37,7 +37,7 @@ def test_documents_are_dropped_and_counted_by_reason(tmp_path: Path, capsys: pyt
     counts = open_corpus(tmp_path / "out").source("um").counts
     kept = {"read": 17, "filter: 2 thousand characters": 2, "filter: advert": 10, "kept": 5}
     assert {key: count for key, count in counts.items() if count} == kept
-    heading = capsys.readouterr().out.splitlines()[-2]
+    heading = capsys.readouterr().out.splitlines()[-3]
     assert heading.split()[1:6] == ["read", "2", "thousand", "characters", "advert"]
     # The same function makes the same corpus, another one is another recipe.
     assert run(tmp_path, "rules/mine.py:keep_news") == 0
