@@ -6,7 +6,7 @@
 A run's folder holds checkpoints, metrics.jsonl, `model` (the best one so far, a Hugging Face folder with
 head.safetensors and task.json), `huggingface` (the same as a class of transformers, where there is one), the
 predictions and results.json. Killed and started again with the same command, it goes on from its newest checkpoint,
-and on CPU to the same bits. The test set is read and scored once, at the end.
+and on CPU to the same bits. The test set is checked before the first step, and scored once, at the end.
 """
 
 from __future__ import annotations

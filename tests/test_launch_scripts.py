@@ -140,7 +140,7 @@ def test_replicas_of_a_fine_tuning_are_held_against_the_jobs_ranks(job, tmp_path
     arguments = ["--task=assin2", "--model=launch", f"--run.dir={tmp_path / 'run'}"]
     done = job("finetune", *arguments, "--dist.replicas=4")
     assert (done.returncode, done.stdout) == (2, "")
-    line = "error: --dist.replicas: 4 does not divide the number of ranks, 6; give a divisor\n"
+    line = "error: --dist.replicas: 4 does not divide the number of ranks, 6; give one of 1, 2, 3, 6\n"
     assert done.stderr == line
     assert "does not divide" not in job("finetune", *arguments, "--dist.replicas=3").stderr
 
