@@ -53,6 +53,15 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def os_errors(remedy: str) -> Iterator[None]:
+    """An OSError in the block becomes a `UserError`: the file, what the system says, and `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'file'}: {error.strerror or error}; {remedy}") from None
+
+
 def size_text(count: int) -> str:
     """Bytes for people: `12.3 GB` (1 GB is 10^9 bytes)."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

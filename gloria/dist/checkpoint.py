@@ -46,7 +46,7 @@ from gloria.dist.manifest import (
     rank_file,
 )
 from gloria.dist.retention import remove_checkpoint
-from gloria.dist.state import Shard
+from gloria.dist.state import Shard, first_non_finite
 from gloria.dist.tensor_file import write_tensor_file
 from gloria.errors import UserError, warn
 from gloria.files import (
@@ -58,6 +58,10 @@ from gloria.files import (
     write_file,
     write_whole,
 )
+
+
+class NotFinite(Exception):
+    """A tensor that is to be saved is not finite: a checkpoint of it would be no place to go back to."""
 
 
 class SaveState(IntEnum):
@@ -221,6 +225,8 @@ def _write_part(save: Save, shards: dict[str, Shard]) -> None:
     """A rank's file, then its note. Any exception becomes the FAILED state: raised in a thread it would be lost."""
     start = time.perf_counter()
     try:
+        if bad := first_non_finite({name: shard.tensor for name, shard in shards.items()}):
+            raise NotFinite(f"{bad} has a NaN or an infinity; go back to an older checkpoint with run.resume")
         save.folder.mkdir(parents=True, exist_ok=True)
         name = rank_file(save.rank)
         save.bytes, digest = write_tensor_file(
@@ -264,7 +270,10 @@ def _publish(save: Save) -> None:
     sync_folder(parent)
     if os.path.lexists(aside):
         remove_checkpoint(aside)
-    write_whole(parent / LATEST, f"{save.target.name}\n".encode())
+    try:
+        write_whole(parent / LATEST, f"{save.target.name}\n".encode())
+    except OSError as error:  # it is for people and scripts; the checkpoint is whole without it
+        warn(f"{parent / LATEST}: cannot be written ({error}); the checkpoint of step {save.step} is whole")
 
 
 def _read_note(save: Save, rank: int) -> FileEntry:

@@ -29,6 +29,7 @@ from gloria.dist.manifest import (
     read_manifest,
     saved_steps,
 )
+from gloria.dist.state import first_non_finite
 from gloria.dist.tensor_file import Piece, byte_view, read_tensor_file
 from gloria.errors import UserError, warn
 from gloria.files import CHUNK_BYTES, hash_file, open_plain, parse_json_object, read_bounded
@@ -132,7 +133,8 @@ def read_trainer(path: Path) -> dict[str, Any]:
 def verify(path: Path, hashes: bool = True) -> list[str]:
     """Everything wrong with a checkpoint folder, a line `FILE: what` each; empty for a valid one.
 
-    Sizes and structure always, contents with `hashes` (all files are read, several at a time).
+    Sizes and structure always, contents with `hashes`: all files are read, several at a time, and every tensor must be
+    finite.
     """
     try:
         manifest = read_manifest(path)
@@ -144,11 +146,25 @@ def verify(path: Path, hashes: bool = True) -> list[str]:
     if problems:
         return problems
     try:
-        open_reader(path)
+        reader = open_reader(path)
         read_trainer(path)
+        bad = _first_non_finite(reader) if hashes else None
     except UserError as error:
         return list(error.problems)
-    return []
+    return [f"{path}: {bad} has a NaN or an infinity"] if bad else []
+
+
+def _first_non_finite(reader: Reader) -> str | None:
+    def check(name: str) -> str | None:
+        for piece in reader.tensors[name]:  # a rank's part at a time, so as to hold no tensor whole
+            part = torch.empty((piece.rows, *piece.shape[1:]), dtype=piece.dtype)
+            _read_rows(piece.file, piece.position, part)
+            if bad := first_non_finite({name: part}):
+                return bad
+        return None
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return next(filter(None, pool.map(check, reader.tensors)), None)
 
 
 def unknown_files(path: Path) -> list[str]:

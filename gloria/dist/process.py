@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from gloria.dist.environment import Environment, check_rendezvous, omp_threads_are_torchruns, read_environment
 from gloria.errors import UserError
+from gloria.files import os_errors
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,14 @@ def set_cpu_threads(environment: Environment) -> str:
 def rank0_decides(process: Process, decide: Callable[[], int]) -> int:
     """A number >= 0 that rank 0 decides and every rank returns; where rank 0 fails, every rank ends.
 
-    Without this a UserError on rank 0 (no valid checkpoint, a live lock) would leave the others in a collective.
+    Without this a UserError on rank 0 (no valid checkpoint, a live lock) would leave the others in a collective. What
+    is decided is about the run folder, so an OSError is a UserError too: a folder that cannot be used.
     """
     failed, value, problem = -1, -1, None
     if process.is_main:
         try:
-            value = decide()
+            with os_errors("choose another run.dir, or make this one usable"):
+                value = decide()
         except UserError as error:
             problem = error
     message = torch.tensor([failed if problem else value], dtype=torch.int64)
@@ -103,7 +106,7 @@ def rank0_decides(process: Process, decide: Callable[[], int]) -> int:
     if problem:
         raise problem
     if int(message) == failed:
-        raise SystemExit(2)  # rank 0 has told the reason
+        raise SystemExit(2)  # rank 0 reports why
     return int(message)
 
 

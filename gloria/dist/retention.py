@@ -1,4 +1,4 @@
-"""Which checkpoints stay: room before the first, the last few kept, litter of dead launches swept.
+"""Which checkpoints stay: room before the first, the last few kept, what dead launches left is removed.
 
 All of it is for rank 0 alone, while it holds the run's lock.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from gloria.dist.checkpoint_read import verify
 from gloria.dist.manifest import MANIFEST, checkpoint_path, checkpoints_folder, saved_steps
-from gloria.errors import UserError
-from gloria.files import size_text, sync_folder
+from gloria.errors import UserError, warn
+from gloria.files import remove_folder, size_text, sync_folder
 
 
 def check_free_space(run_dir: Path, needed: int, keep: int) -> None:
@@ -32,31 +32,36 @@ def check_free_space(run_dir: Path, needed: int, keep: int) -> None:
         )
 
 
-def prune(run_dir: Path, keep: int, keep_every: int = 0) -> list[int]:
+def prune(run_dir: Path, keep: int, keep_every: int = 0, newest: int | None = None) -> list[int]:
     """Delete what is older than the `keep` newest valid checkpoints, except every `keep_every`-th step (0: none).
 
-    Gives the steps deleted. Call it after the newest is durable. What is not valid never counts as kept.
+    Returns the steps deleted. A run calls it once its checkpoint of step `newest` is durable; later ones, which it
+    passed over, are left alone and do not count. Without `newest` those that stay are read and checked whole. What is
+    not valid never counts as kept.
     """
     assert keep >= 2, "with fewer than two, one damaged file is the end of the run"
-    steps = saved_steps(run_dir)
-    valid = (step for step in reversed(steps) if not verify(checkpoint_path(run_dir, step), hashes=False))
+    steps = [step for step in saved_steps(run_dir) if newest is None or step <= newest]
+    valid = (s for s in reversed(steps) if not verify(checkpoint_path(run_dir, s), hashes=newest is None))
     kept = list(itertools.islice(valid, keep))  # stops there: milestones may be many
     if len(kept) < keep:
         return []
     gone = [step for step in steps if step < kept[-1] and not (keep_every and step % keep_every == 0)]
-    for step in gone:
-        remove_checkpoint(checkpoint_path(run_dir, step))
-    return gone
+    return [step for step in gone if remove_checkpoint(checkpoint_path(run_dir, step))]
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: killed half-way, what is left cannot pass for a checkpoint."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-        return
-    (path / MANIFEST).unlink(missing_ok=True)
-    sync_folder(path)
-    shutil.rmtree(path)
+def remove_checkpoint(path: Path) -> bool:
+    """Delete a checkpoint, its manifest first: killed half-way, what is left cannot pass for a checkpoint.
+
+    False, with a `warning:` line, where that fails: the run goes on, and tries again when it prunes next.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            (path / MANIFEST).unlink(missing_ok=True)
+            sync_folder(path)
+    except OSError as error:
+        warn(f"{path}: cannot be removed ({error}); remove it by hand")
+        return False
+    return remove_folder(path)
 
 
 def set_aside_newer(run_dir: Path, step: int, launch: str) -> list[Path]:
@@ -76,7 +81,7 @@ def set_aside_newer(run_dir: Path, step: int, launch: str) -> list[Path]:
 
 
 def remove_incomplete(run_dir: Path) -> list[str]:
-    """Sweep what dead launches left half-done in the checkpoints folder; a line to print for each.
+    """Remove what dead launches left half-done in the checkpoints folder; a line to print for each.
 
     Call it once at start, with the run's lock: nobody is writing then.
     """
@@ -89,7 +94,6 @@ def remove_incomplete(run_dir: Path) -> list[str]:
         if rest.startswith("replaced-") and not os.path.lexists(folder / step):
             path.rename(folder / step)
             lines.append(f"{folder / step}: put back; a launch ended while it was being replaced")
-        else:
-            remove_checkpoint(path)
+        elif remove_checkpoint(path):
             lines.append(f"{path}: removed; a launch ended while it was being written or deleted")
     return lines

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gloria.errors import UserError, warn
-from gloria.files import brief, parse_json_object, read_bounded, to_json, write_all, write_whole
+from gloria.files import brief, parse_json_object, read_bounded, remove_folder, to_json, write_all, write_whole
 
 LOCK = "lock"
 STATUS = "status.json"
@@ -98,7 +98,16 @@ def release_run(claim: RunLock) -> None:
     if claim.thread is not None:
         claim.thread.join()
     if _holds(claim):
-        (claim.run_dir / LOCK).unlink()
+        remove_folder(claim.run_dir / LOCK)  # where that fails, the next launch finds this process gone
+
+
+def record_end(claim: RunLock, status: str, step: int, reason: str) -> None:
+    """The last status, and the lock given back, also where the disk is full: that must not keep a run from ending."""
+    try:
+        write_status(claim, status, step, reason)
+    except OSError as error:
+        warn(f"{claim.run_dir / STATUS}: cannot be written ({error}); the run has ended as {status}: {reason}")
+    release_run(claim)
 
 
 def read_status(run_dir: Path) -> RunStatus:

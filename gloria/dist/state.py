@@ -8,7 +8,7 @@ at all. Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,14 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
     for name, shard in training_state(model, optimizer).items():
         assert not shard.tensor.is_meta, f"{name} is on the meta device: call model.to_empty(device=...) before loading"
         read(name, shard.tensor, shard.offset, shard.shape)
+
+
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity, or None. One pass, on the tensors' own device."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            return name
+    return None
 
 
 def rng_state_dict() -> dict[str, Tensor]:

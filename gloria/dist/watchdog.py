@@ -7,6 +7,7 @@ RUN/logs/rank-00000.flight.json. The ranks read each other's lines to say who wa
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -20,8 +21,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from gloria.dist.run_lock import RunLock, release_run, write_status
-from gloria.errors import warn
+from gloria.dist.rank_log import APPEND
+from gloria.dist.run_lock import RunLock, record_end
+from gloria.errors import UserError, warn
+from gloria.files import brief, open_plain, parse_json_object, write_file
 
 # In the order in which a step goes through them, so that the slowest rank is the one furthest back.
 PHASES = ("start-up", "data", "forward and backward", "update", "sums", "validation", "checkpoint", "end")
@@ -48,6 +51,7 @@ class Watchdog:
     phase: str = PHASES[0]
     since: float = 0.0
     allowed: float = 0.0
+    thread: threading.Thread | None = None
     ended: threading.Event = field(default_factory=threading.Event)
     ending: threading.Lock = field(default_factory=threading.Lock)  # taken, for good, by whoever ends the process
 
@@ -63,9 +67,17 @@ class Watchdog:
 
 
 def start_watch(watch: Watchdog) -> None:
-    """Begin to watch, in start-up; setting `watch.ended` ends it."""
+    """Begin to watch, in start-up; `stop_watch` ends it."""
     watch.beat(0, PHASES[0], slow=True)
-    threading.Thread(target=_watch, args=(watch,), name="watch", daemon=True).start()
+    watch.thread = threading.Thread(target=_watch, args=(watch,), name="watchdog", daemon=True)
+    watch.thread.start()
+
+
+def stop_watch(watch: Watchdog) -> None:
+    """End the watch, and wait for its thread."""
+    watch.ended.set()
+    if watch.thread and watch.thread is not threading.current_thread():
+        watch.thread.join()
 
 
 def write_place(watch: Watchdog, what: str) -> None:
@@ -74,13 +86,13 @@ def write_place(watch: Watchdog, what: str) -> None:
     place = {"launch": watch.launch, "rank": watch.rank, "step": watch.step, "phase": watch.phase}
     try:
         watch.folder.mkdir(parents=True, exist_ok=True)
-        with _log(watch, watch.rank).open("a") as file:
-            file.write(f"\n{MARK}{json.dumps({**place, 'seconds': seconds, 'what': what, 'time': time.time()})}\n")
-            file.flush()
+        with open(open_plain(_log(watch, watch.rank), APPEND), "ab", buffering=0) as file:
+            line = json.dumps({**place, "seconds": seconds, "what": what, "time": time.time()})
+            file.write(f"\n{MARK}{line}\n".encode())
             faulthandler.dump_traceback(file, all_threads=True)
         if flight := _flight_record():
-            (watch.folder / f"rank-{watch.rank:05d}.flight.json").write_bytes(flight)
-    except OSError as error:
+            write_file(watch.folder / f"rank-{watch.rank:05d}.flight.json", flight, durable=False)
+    except (OSError, UserError) as error:
         warn(f"{_log(watch, watch.rank)}: cannot be written ({error}); rank {watch.rank}: {what} in {watch.place}")
 
 
@@ -107,10 +119,10 @@ def slow_ranks(watch: Watchdog, seconds: float) -> str:
 def leave(watch: Watchdog, status: str, step: int, reason: str, code: int) -> NoReturn:
     """End this process at once: what is left of the process group would wait for ranks that will not come."""
     if watch.claim:
-        write_status(watch.claim, status, step, reason)
-        release_run(watch.claim)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        record_end(watch.claim, status, step, reason)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nothing is left that could be said
+            stream.flush()
     os._exit(code)
 
 
@@ -119,8 +131,11 @@ def _watch(watch: Watchdog) -> None:
         waited = time.monotonic() - watch.since
         if waited > watch.allowed and watch.ending.acquire(blocking=False):
             place = watch.place
-            write_place(watch, HUNG)
-            culprits = failed_ranks(watch) or slow_ranks(watch, GRACE_SECONDS)
+            try:
+                write_place(watch, HUNG)
+                culprits = failed_ranks(watch) or slow_ranks(watch, GRACE_SECONDS)
+            except Exception as error:  # whatever is wrong with the logs, the process must end
+                culprits = f"who was slow is not known ({brief(error)})"
             reason = f"{HUNG} for {waited:.0f} s in {place}: {culprits}"
             print(f"error: rank {watch.rank}: {reason}; see {watch.folder}", file=sys.stderr, flush=True)
             leave(watch, "failed", watch.step, reason, 1)
@@ -142,14 +157,34 @@ def _read_places(watch: Watchdog, seconds: float) -> dict[int, Mapping[str, Any]
     while True:
         found = {}
         for rank in range(watch.world):
-            path = _log(watch, rank)
-            lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-            marked = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
-            if marked and (record := json.loads(marked[-1]))["launch"] == watch.launch:
-                found[rank] = record
+            records = (_parse_place(line, rank) for line in _last_lines(_log(watch, rank)) if line.startswith(MARK))
+            own = [record for record in records if record and record["launch"] == watch.launch]
+            if own:
+                found[rank] = own[-1]
         if len(found) == watch.world or time.monotonic() >= deadline:
             return found
         time.sleep(0.05)
+
+
+def _last_lines(path: Path) -> list[str]:
+    """The whole lines in the last megabyte of a log; none where there is no log that can be read."""
+    try:
+        with open(open_plain(path), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 20)))
+            return file.read().decode(errors="replace").split("\n")[:-1]
+    except (OSError, UserError):  # the rank gives no sign, which is what will be reported
+        return []
+
+
+def _parse_place(line: str, rank: int) -> Mapping[str, Any] | None:
+    """The record of `write_place` in a line; None where it is damaged, or a rank has printed something like it."""
+    try:
+        record = parse_json_object(line.removeprefix(MARK).encode(), "log")
+    except UserError:
+        return None
+    kinds = {"launch": str, "rank": int, "step": int, "phase": str, "what": str}
+    whole = all(type(record.get(key)) is kind for key, kind in kinds.items())
+    return record if whole and record["rank"] == rank and record["phase"] in PHASES else None
 
 
 def _listed(ranks: list[int]) -> str:

@@ -4,13 +4,15 @@
     a rank is gone (killed, its node lost)                failed    1
     the same, after the run was asked to stop             stopped   0: there is no save without that rank
     out of memory                                         failed    1, in one line with what to do
+    the disk is full                                      failed    1, in one line
     anything else                                         failed    1, with its traceback (2 for a user's mistake)
 
-A rank that makes no progress is the business of gloria/dist/watchdog.py.
+A rank that makes no progress is ended by gloria/dist/watchdog.py.
 """
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,14 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gloria.dist.run_lock import record_end
 from gloria.dist.signals import stop_reason
 from gloria.dist.watchdog import GRACE_SECONDS, PEER_GONE, failed_ranks, leave, slow_ranks, write_place
-from gloria.errors import UserError
+from gloria.errors import UserError, warn
 from gloria.train.run import Run
 
 
 def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> int:
-    """Tell what `error` means for the run and end it, by `close` (run, status, reason); the exit status.
+    """Report what `error` means for the run and end it, by `close` (run, status, reason); the exit status.
 
     One of several ranks does not return.
     """
@@ -46,6 +49,9 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
             status, code, step = "stopped", 0, run.saved_step
             reason = f"{asked}, and {reason}; nothing saved"
         print(f"{'error' if code else 'warning'}: rank {watch.rank}: {reason}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = f"{error.filename or run.folder}: {error.strerror}; free some space and start again"
+        print(f"error: rank {watch.rank}: {reason}", file=sys.stderr)
     elif isinstance(error, UserError):
         code = 2
         for problem in error.problems:
@@ -54,11 +60,17 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
         traceback.print_exception(error)
     if not is_peer_gone(error):
         write_place(watch, reason)
-    if watch.world > 1:
-        if run.log and not watch.claim.lost:
+    try:
+        if watch.world == 1:
+            close(run, status, reason)
+        elif run.log and not watch.claim.lost:
             run.log.event(step, status, reason=reason)
+    except OSError as last:
+        warn(f"{run.folder}: its last event cannot be written ({last})")
+        if watch.world == 1 and watch.claim:
+            record_end(watch.claim, status, step, reason)
+    if watch.world > 1:
         leave(watch, status, step, reason, code)
-    close(run, status, reason)
     return code
 
 

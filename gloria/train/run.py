@@ -32,11 +32,11 @@ from gloria.dist.loss_scale import loss_scale_for, restore
 from gloria.dist.manifest import TRAINER
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.retention import check_free_space
-from gloria.dist.run_lock import LOCK, RunLock, lock_run, release_run, write_status
+from gloria.dist.run_lock import LOCK, RunLock, lock_run, record_end, release_run, write_status
 from gloria.dist.signals import stop_reason
 from gloria.dist.state import load_rng_state_dict, load_training_state, training_state
 from gloria.dist.step_sums import Flags, StepSums, new_running_norm
-from gloria.dist.watchdog import Watchdog, start_watch
+from gloria.dist.watchdog import Watchdog, start_watch, stop_watch
 from gloria.optim import schedules
 from gloria.train.meter import Meter
 from gloria.train.metrics import RunLog, open_log
@@ -44,6 +44,7 @@ from gloria.train.resume import choose_step, leave_if_asked
 
 # Why a run ends in the state of its last checkpoint, before its plan is done (a stop that is requested saves first).
 SKIPS, TAKEN_OVER = UNSAVED = "too many skips", "another launch has taken the run over"
+MAX_FAILED_SAVES = 3  # in a row; then the run stops, for nothing keeps its work
 RNG_SCHEME = "seed/step/rank"  # each step reseeds from these three, see dist.sharding.reseed
 
 
@@ -105,6 +106,7 @@ class Run:
     profiler: torch.profiler.profile | None = None  # at work in the steps of train.profile_steps
     save: Save | None = None  # under way in the background
     saved_step: int = 0  # of the newest durable checkpoint
+    failed_saves: int = 0  # in a row
     staging: dict[str, Tensor] = field(default_factory=dict)  # host memory of background saves
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ def opening(config: Any, process: Process) -> Iterator[Watchdog]:
     try:
         yield watch
     except BaseException:
-        watch.ended.set()
+        stop_watch(watch)
         if watch.claim:
             release_run(watch.claim)
         raise
@@ -198,16 +200,15 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     if run.log:
         run.log.close()
     if run.claim:
-        write_status(run.claim, status, run.step, reason)
-        release_run(run.claim)
-    run.watch.ended.set()
+        record_end(run.claim, status, run.step, reason)
+    stop_watch(run.watch)
 
 
 def flags_of(run: Run) -> Flags:
     """What this rank reports in the step's all-reduce."""
     state = run.save.state() if run.save else SaveState.PENDING
     return Flags(
-        stop=bool(stop_reason()),
+        stop=bool(stop_reason()) or run.failed_saves >= MAX_FAILED_SAVES,
         save_done=state == SaveState.DONE,
         save_failed=state == SaveState.FAILED,
         lock_lost=run.claim is not None and run.claim.lost,

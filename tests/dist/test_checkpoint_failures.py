@@ -151,3 +151,40 @@ def test_an_abandoned_save_can_be_tried_again_at_the_same_step(tmp_path: Path):
         abandon(save)
     assert os.listdir(tmp_path / "checkpoints") == []
     assert verify(save_whole(tmp_path, 1, WHOLE, world=2)) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_tensor_that_is_not_finite_is_never_saved(tmp_path: Path, capsys, bad: float, asynchronous: bool):
+    moments = torch.zeros(5, 4)
+    moments[3, 1] = bad
+    save = begin(tmp_path, 1, WHOLE | {"optim.exp_avg.a": moments}, asynchronous=asynchronous)
+    assert not finish(save)
+    assert capsys.readouterr().err == (
+        f"warning: {checkpoint_path(tmp_path, 1)}: not saved; rank 0: NotFinite: optim.exp_avg.a has a NaN or an "
+        "infinity; go back to an older checkpoint with run.resume\n"
+    )
+    assert saved_steps(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_not_finite_is_found_and_passed_over(tmp_path: Path, capsys, monkeypatch):
+    good = save_whole(tmp_path, 1, WHOLE, world=2)
+    monkeypatch.setattr(checkpoint, "first_non_finite", lambda tensors: None)  # as older versions saved it
+    a = WHOLE["model.a"].clone()
+    a[-1, 0] = float("nan")
+    path = save_whole(tmp_path, 2, WHOLE | {"model.a": a}, world=2)
+    problem = f"{path}: model.a has a NaN or an infinity"
+    assert verify(path) == [problem]
+    assert find_checkpoint(tmp_path) == good
+    assert capsys.readouterr().err == f"warning: {problem}; the checkpoint of step 2 is passed over\n"
+
+
+def test_a_latest_that_cannot_be_written_leaves_a_whole_checkpoint(tmp_path: Path, capsys):
+    (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+    path = save_whole(tmp_path, 1, WHOLE)
+    assert verify(path) == []
+    assert capsys.readouterr().err == (
+        f"warning: {path.parent / 'latest'}: cannot be written ([Errno 21] Is a directory: "
+        f"'{path.parent}/.latest.{os.uname().nodename}-{os.getpid()}' -> '{path.parent}/latest'); "
+        "the checkpoint of step 1 is whole\n"
+    )

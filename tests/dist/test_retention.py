@@ -3,6 +3,7 @@ looks like a checkpoint."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_deleting_takes_the_manifest_first(tmp_path: Path, monkeypatch):
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gloria.dist.retention.shutil.rmtree", killed)
+    monkeypatch.setattr("gloria.files.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         prune(tmp_path, keep=2)
     path = checkpoint_path(tmp_path, 10)
@@ -65,7 +66,66 @@ def test_deleting_takes_the_manifest_first(tmp_path: Path, monkeypatch):
     assert prune(tmp_path, keep=2) == [10]
 
 
-def test_litter_of_dead_launches_is_swept_with_a_line(tmp_path: Path):
+@pytest.fixture
+def undeletable(monkeypatch):
+    """`undeletable(path)`: nothing in that folder can be deleted, as with `chattr +i` or on another's files."""
+    folders: list[str] = []
+    remove, unlink = os.rmdir, os.unlink
+
+    def refuse(call):
+        def guarded(path, *, dir_fd=None):
+            place = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path) if dir_fd is not None else str(path)
+            if any(place.startswith(folder) for folder in folders):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), place)
+            return call(path, dir_fd=dir_fd)
+
+        return guarded
+
+    monkeypatch.setattr(os, "rmdir", refuse(remove))
+    monkeypatch.setattr(os, "unlink", refuse(unlink))
+    return lambda path: folders.append(str(path))
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_left_with_a_warning(tmp_path: Path, undeletable, capsys):
+    for step in (10, 20, 30, 40):
+        save_whole(tmp_path, step, WHOLE)
+    undeletable(checkpoint_path(tmp_path, 10))
+    assert prune(tmp_path, keep=2) == [20]
+    assert saved_steps(tmp_path) == [10, 30, 40]
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {checkpoint_path(tmp_path, 10)}: cannot be removed ([Errno 1] Operation not perm")
+    assert err.count("\n") == 1
+    save_whole(tmp_path, 50, WHOLE)
+    assert prune(tmp_path, keep=2) == [30]
+
+
+def test_what_a_dead_launch_left_and_cannot_be_deleted_does_not_keep_a_run_from_its_start(
+    tmp_path: Path, undeletable, capsys
+):
+    save_whole(tmp_path, 1, WHOLE)
+    left = begin(tmp_path, 2, WHOLE, launch="dead").folder
+    undeletable(left)
+    assert remove_incomplete(tmp_path) == []
+    assert capsys.readouterr().err.startswith(f"warning: {left}: cannot be removed (")
+    assert find_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1)
+
+
+def test_later_checkpoints_that_a_run_passed_over_do_not_push_out_its_own(tmp_path: Path):
+    for step in (8, 12, 16, 10):
+        save_whole(tmp_path, step, WHOLE)  # 12 and 16 are damaged inside, which no size shows
+    assert prune(tmp_path, keep=2, newest=10) == []
+    assert saved_steps(tmp_path) == [8, 10, 12, 16]
+
+
+def test_checkpoints_that_are_damaged_inside_are_not_the_ones_that_stay(tmp_path: Path):
+    for step in (8, 10, 12, 16):
+        file = save_whole(tmp_path, step, WHOLE) / "rank-00000.safetensors"
+        if step > 10:
+            file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert prune(tmp_path, keep=2) == []
+
+
+def test_what_dead_launches_left_is_removed_with_a_line(tmp_path: Path):
     save_whole(tmp_path, 1, WHOLE)
     begin(tmp_path, 2, WHOLE, launch="dead")  # never published
     folder = tmp_path / "checkpoints"
