@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     mixture, state = read_run(arguments.run)
     for gap in mixture.left_out:
         print(f"left out: samples {gap.start}:{gap.stop}", file=sys.stderr)
-    if overflows := state.get("overflows"):
+    if type(overflows := state.get("overflows")) is int and overflows:
         print(f"overflows: {overflows} so far, whose updates were left out for the loss scale", file=sys.stderr)
     samples = list(samples_of(mixture, arguments.step, arguments.world))
     if arguments.text:
@@ -104,10 +104,11 @@ def samples_of(mixture: Mixture, step: int, world: int) -> Iterator[dict[str, An
 
 def open_data(mixture: Mixture, recipe: dict[str, Any]) -> tuple[Corpus, TextTokenizer]:
     """The corpus that the recipe names, if it is still the one that the run reads."""
-    try:
-        corpus = open_corpus(recipe["data"]["corpus"])
-    except (KeyError, TypeError):
-        raise UserError("--text: the run's recipe names no data.corpus; leave --text out") from None
+    data = recipe.get("data")
+    folder = data.get("corpus") if isinstance(data, dict) else None
+    if not isinstance(folder, str) or not folder.isprintable():
+        raise UserError("--text: the run's recipe names no data.corpus; leave --text out")
+    corpus = open_corpus(folder)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     if tokenizer.fingerprint != mixture.tokenizer:
         raise UserError(
@@ -123,7 +124,8 @@ def add_texts(samples: list[dict[str, Any]], mixture: Mixture, corpus: Corpus, t
         rows = [sample for sample in samples if sample["source"] == name]
         stage = _stage_that_read(mixture, name, rows[-1]["sample"])
         stream = corpus.stream(name)
-        if stream.fingerprint != mixture.fingerprints[name]:
+        windows = stage.windows[stage.names.index(name)]
+        if stream.fingerprint != mixture.fingerprints[name] or stream.num_windows(stage.sequence_length) != windows:
             raise UserError(
                 f'{corpus.folder}: the shards of source "{name}" are {stream.fingerprint}, and the run read '
                 f"{mixture.fingerprints[name]}; put the run's corpus back, or leave --text out"
@@ -138,7 +140,7 @@ def _stage_that_read(mixture: Mixture, name: str, sample: int) -> Stage:
     """The stage of `sample`, if `name` has had the same tokens ever since."""
     number = stage_at(mixture.stages, sample)
     for later in mixture.stages[number + 1 :]:
-        if name in later.redefined:
+        if name in later.redefined and later.order is None:  # one that leaves samples out repeats what was before
             raise UserError(
                 f'--text: source "{name}" has had other tokens since sample {later.start}; those before can\'t be '
                 f"shown, leave --text out"
@@ -151,7 +153,8 @@ def _read_state(path: Path) -> tuple[Mixture, dict[str, Any]]:
     state = content.get("state") if path.name == TRAINER else content
     if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict):
         raise UserError(f"{path}: holds no mixture and recipe")
-    return mixture_from_state(state.get("mixture"), str(path)), state
+    step = content.get("step") if path.name == TRAINER else None
+    return mixture_from_state(state.get("mixture"), str(path), step), state
 
 
 if __name__ == "__main__":

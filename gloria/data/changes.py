@@ -37,8 +37,8 @@ def redefined_sources(
 
     Raises `UserError` with a line for each difference between the past and now that was not permitted.
     """
-    old, problems = past.fingerprints, []
-    used = [name for name, quota in zip(past.stages[-1].names, past.stages[-1].quotas) if quota]
+    old, problems, stage = past.fingerprints, [], past.stages[-1]
+    used = {name: size for name, quota, size in zip(stage.names, stage.quotas, stage.windows) if quota}
     changed = [name for name in old.sources if name in sources and sources[name].fingerprint != old.sources[name]]
     if past.seed != seed:
         problems.append(
@@ -67,6 +67,12 @@ def redefined_sources(
             for name in used
             if name not in sources
         ]
+    problems += [
+        f'mixture state: has {size} windows of source "{name}", whose shards hold {now}; it is damaged, go on from an '
+        "older checkpoint"
+        for name, size in used.items()
+        if name in sources and name not in changed and (now := sources[name].windows(old.sequence_length)) != size
+    ]
     if problems:
         raise UserError(*problems)
     return list(old.sources) if whole else changed

@@ -203,16 +203,22 @@ class Mixture:
         return to_mapping(MixtureState(VERSION, self.seed, self.next_sample, self.stages, self.batches, fingerprints))
 
     def load_state_dict(
-        self, state: Mapping[str, Any], *, allow_change: bool = False, new_epoch: bool = False
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        allow_change: bool = False,
+        new_epoch: bool = False,
     ) -> list[str]:
         """Go on with a run where `state` left it, with this mixture's weights, period and global batch from there.
 
         Where those are others than the run's, a stage or a batch size begins at `next_sample`. Other data than the
         run has read are an error unless permitted: by `new_epoch` another sequence length, by `allow_change` other
         shards, tokenizer or order; the next epoch of each source concerned begins. Returns a line for each change,
-        for the user to see. Raises `UserError`, without any change, for a damaged state or what is not permitted.
+        for the user to see. Raises `UserError`, without any change, for a damaged state, one that is not of `step`
+        (None: any step), or what is not permitted.
         """
-        past = read_state(state)
+        past = read_state(state, step=step)
         redefined = redefined_sources(
             past,
             self.seed,
@@ -251,9 +257,9 @@ def new_mixture(
     return Mixture(seed, tokenizer, dict(sources), (stage,), (BatchSize(0, 0, global_batch),), 0, fingerprints)
 
 
-def mixture_from_state(state: Mapping[str, Any], where: str = "mixture state") -> Mixture:
-    """The mixture that a state describes, without its corpus: for looking at any past or future step."""
-    read = read_state(state, where)
+def mixture_from_state(state: Mapping[str, Any], where: str = "mixture state", step: int | None = None) -> Mixture:
+    """The mixture that a state (as of `step`) describes, without its corpus: for looking at any step of the run."""
+    read = read_state(state, where, step)
     prints = read.fingerprints
     return Mixture(read.seed, prints.tokenizer, {}, read.stages, read.batches, read.next_sample, dict(prints.sources))
 

@@ -12,7 +12,8 @@ from gloria.data.stages import LARGEST, LARGEST_PERIOD, Stage, count_sources, la
 from gloria.errors import UserError
 
 VERSION = 2  # of the state's layout
-READABLE = (1, VERSION)  # 1 could leave no samples out
+READABLE = (1, VERSION)  # in version 1 no samples could be left out
+LARGEST_BATCH = 1 << 24  # samples in a step; a plan of them takes 400 MB
 ALGORITHM = "gloria-mixture-1"  # of the order of samples: another name wherever one sample would be another
 
 
@@ -22,7 +23,7 @@ class BatchSize:
 
     step: int = option(minimum=0, maximum=LARGEST)
     sample: int = option(minimum=0, maximum=LARGEST)
-    batch: int = option(minimum=1, maximum=LARGEST)
+    batch: int = option(minimum=1, maximum=LARGEST_BATCH)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Fingerprints:
 
     algorithm: str
     tokenizer: str
-    sequence_length: int
+    sequence_length: int = option(minimum=1, maximum=LARGEST)
     sources: dict[str, str]
 
 
@@ -40,15 +41,15 @@ class MixtureState:
     """All that determines a run's samples, as of its last consumed step."""
 
     version: int
-    seed: int
+    seed: int = option(minimum=0, maximum=(1 << 64) - 1)
     next_sample: int = option(minimum=0, maximum=LARGEST)
     stages: tuple[Stage, ...]
     batches: tuple[BatchSize, ...]
     fingerprints: Fingerprints
 
 
-def read_state(values: Mapping[str, Any], where: str = "mixture state") -> MixtureState:
-    """The state in a JSON mapping; a `UserError` says what is wrong with one that is not whole and sound."""
+def read_state(values: Mapping[str, Any], where: str = "mixture state", step: int | None = None) -> MixtureState:
+    """The state in a JSON mapping, if `step` is not None as of that many steps; a `UserError` if it is damaged."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: is no JSON object; go on from an older checkpoint")
     if values.get("version", VERSION) not in READABLE:
@@ -56,7 +57,7 @@ def read_state(values: Mapping[str, Any], where: str = "mixture state") -> Mixtu
             f"{where}: has version {values['version']}, this program reads up to {VERSION}; use the one that wrote it"
         )
     state = from_mapping(MixtureState, dict(values), where)
-    if problem := _shape_problem(state) or _history_problem(state) or _progress_problem(state):
+    if problem := _shape_problem(state) or _history_problem(state) or _progress_problem(state, step):
         raise UserError(f"{where}: {problem}; it is damaged, go on from an older checkpoint")
     return state
 
@@ -65,12 +66,10 @@ def number_left_out(last: Stage | None, stage: Stage) -> int:
     """How many samples are left out where `stage` follows `last` (None: begins the run)."""
     if last is None or stage.order is None:
         return stage.drawn
-    same = (last.quotas, last.windows, stage.order) == (stage.quotas, stage.windows, _order(last))
+    order = last.start if last.order is None else last.order
+    keys = ("quotas", "windows", "sequence_length", "redefined")
+    same = stage.order == order and all(getattr(stage, key) == getattr(last, key) for key in keys)
     return stage.drawn - last.draw_of(stage.start) if same else -1
-
-
-def _order(stage: Stage) -> int:
-    return stage.start if stage.order is None else stage.order
 
 
 def _shape_problem(state: MixtureState) -> str | None:
@@ -80,6 +79,8 @@ def _shape_problem(state: MixtureState) -> str | None:
         columns = (stage.weights, stage.quotas, stage.bases, stage.taken, stage.windows)
         if len(set(stage.names)) != len(stage.names) or any(len(c) != len(stage.names) for c in columns):
             return f"stages[{number}]: its lists do not fit its names"
+        if not all(name.isprintable() for name in stage.names):  # half of a surrogate pair cannot be hashed
+            return f"stages[{number}]: has an impossible name"
         if not set(stage.redefined) <= set(stage.names):
             return f"stages[{number}]: redefines a source it does not have"
         if not 0 < stage.period <= LARGEST_PERIOD or sum(stage.weights) <= 0:
@@ -107,22 +108,24 @@ def _history_problem(state: MixtureState) -> str | None:
         bases = list(last.bases)
         if stage.order is None:
             bases = next_bases(state.seed, last, stage.start, stage.sequence_length, stage.windows, stage.redefined)
-        if list(stage.taken[:known]) != taken or list(stage.bases[:known]) != bases[:known]:
+        if list(stage.taken[:known]) != taken or list(stage.bases) != bases:
             return f"stages[{number}]: does not go on where the one before it stopped"
     if state.stages[0].start == 0 and (any(state.stages[0].bases) or state.stages[0].order is not None):
         return "stages[0]: does not begin at the beginning"
     return None
 
 
-def _progress_problem(state: MixtureState) -> str | None:
+def _progress_problem(state: MixtureState, step: int | None) -> str | None:
     if (state.batches[0].step, state.batches[0].sample) != (0, 0):
         return "batches[0]: is not the first step's"
     for number, (last, size) in enumerate(pairwise(state.batches), start=1):
         if size.step <= last.step or size.sample != last.sample + (size.step - last.step) * last.batch:
             return f"batches[{number}]: does not follow the one before it"
-    size = [size for size in state.batches if size.sample <= state.next_sample][-1]
-    if state.next_sample < state.stages[0].start or (state.next_sample - size.sample) % size.batch:
+    size, begun = state.batches[-1], state.next_sample - state.batches[-1].sample
+    if state.next_sample < state.stages[0].start or begun < 0 or begun % size.batch:
         return f"next_sample: no step begins at {state.next_sample}"
+    if step not in (None, begun_step := size.step + begun // size.batch):
+        return f"next_sample: step {begun_step} begins at {state.next_sample}, and {step} steps were done"
     if set(state.fingerprints.sources) != set(state.stages[-1].names):
         return "fingerprints.sources: are not those of the stages' sources"
     if state.fingerprints.sequence_length != state.stages[-1].sequence_length:

@@ -1,8 +1,12 @@
 """The order of samples within one stage of a mixture, as pure functions of (seed, stage, sample).
 
 A stage mixes its sources by integer quotas in periods of `period` samples. Within a period the k-th place of a source
-with quota c falls somewhere in [k/c, (k+1)/c) of the period (stratified, so shares hold in every prefix), and the
-source's windows come in an order shuffled anew each epoch. Any sample is found without drawing those before.
+with quota c falls somewhere in [k/c, (k+1)/c) of the period, and the source's windows come in an order shuffled anew
+each epoch. Any sample is found without drawing those before.
+
+In every prefix a source of share w among n sources has its share to within 1 + w (n - 2) windows, and in practice to
+within 1 + 2 w sqrt(n), for the sources' errors are independent: a source of one half to within 2.5 windows among 6
+sources and 28 among 1,000 (181 in an independent draw).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from gloria.config.toml import RECIPES
 from gloria.data.corpus import MANIFEST, Corpus, open_corpus, source_fingerprint
 from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
 from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
+from gloria.data.mixture_state import LARGEST_BATCH
 from gloria.data.prepare.report import MOST_EPOCHS, weights_within
 from gloria.data.weights import Source, resolve_weights
 from gloria.dist.config import CheckpointConfig, DistConfig
@@ -69,6 +70,7 @@ class LengthSection:
         "windows a step, over all ranks: what the optimizer sees, whatever the machine",
         minimum=1,
         other_names=("batch_size", "train_batch_size"),
+        maximum=LARGEST_BATCH,
     )
     micro_batch: int | None = option(
         None,

@@ -307,7 +307,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
     try:
         changes = changes_since(trainer, run.config, objective.plan, step)
         changes += objective.mixture.load_state_dict(
-            trainer["mixture"], allow_change=data.allow_change, new_epoch=data.new_epoch
+            trainer["mixture"], step=step, allow_change=data.allow_change, new_epoch=data.new_epoch
         )
         check_epochs(run.config, objective.mixture, run.total_steps)
     except UserError as error:
