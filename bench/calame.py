@@ -30,8 +30,8 @@ from gloria.tasks.examples import LastWord
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, Rule
 from gloria.tasks.models.backbones import Loaded, load_model
 from gloria.tasks.models.encode import length_batches
-from gloria.tasks.models.loglikelihood import requests, start_ids
-from gloria.tasks.models.zeroshot import LIKELIHOOD, EvalSettings, answers
+from gloria.tasks.models.loglikelihood import make_requests, start_ids
+from gloria.tasks.models.zeroshot import LIKELIHOOD, EvalSettings, Evaluation, answers
 from gloria.tasks.samples import sample_folder
 
 
@@ -80,7 +80,7 @@ def scored_one_by_one(model: torch.nn.Module, loaded: Loaded, examples: list[Las
         if not (example.word or "").strip():
             continue
         texts = [(example.context.rstrip(), f" {example.word.strip()}")]
-        ((request,), _) = requests(loaded, texts)
+        ((request,), _) = make_requests(loaded, texts)
         ids = torch.tensor([request.ids], device=model.device)
         labels = ids.clone()
         labels[:, : -request.scored] = -100
@@ -143,7 +143,8 @@ def main() -> None:
                 settings = EvalSettings(LIKELIHOOD, 0, 0, rules, a.batch)
                 begun = clock()
                 found = {
-                    answer.rule: answer.predictions for answer in answers(loaded, task, part, [], settings, process)
+                    answer.rule: answer.predictions
+                    for answer in answers(Evaluation(loaded, task, part, [], settings, process))
                 }
                 seconds = clock() - begun
                 differing += sum(

@@ -96,8 +96,20 @@ def begin(
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    rows = ForeignCache(model, ids, mask, DynamicCache(config=model.config) if _cache_name(model) else None)
+    rows = ForeignCache(model, ids, mask, _new_cache(model))
     return rows, rows.step()
+
+
+def _new_cache(model: nn.Module) -> DynamicCache | None:
+    """An empty cache for a model of transformers, where it takes one whose layers all keep keys and values."""
+    if not _cache_name(model):
+        return None
+    cache = DynamicCache(config=model.config)
+    try:
+        cache.get_seq_length()
+    except ValueError:  # state-space layers: they have no such length
+        return None
+    return cache
 
 
 def _cache_name(model: nn.Module) -> str:

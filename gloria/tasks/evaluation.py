@@ -20,7 +20,15 @@ from gloria.tasks.formats.files import Loaded as Read
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.models.backbones import Loaded, load_model
 from gloria.tasks.models.finetuned import FinetunedModel, find_tuned, load_tuned, predict, task_heads
-from gloria.tasks.models.zeroshot import GENERATION, LIKELIHOOD, EvalSettings, answers, corpus_texts, perplexity
+from gloria.tasks.models.zeroshot import (
+    GENERATION,
+    LIKELIHOOD,
+    EvalSettings,
+    Evaluation,
+    answers,
+    corpus_texts,
+    perplexity,
+)
 from gloria.tasks.report import score_record
 from gloria.tasks.samples import sample_folder
 from gloria.tasks.task import Task
@@ -177,7 +185,7 @@ def _score_task(
     if process.is_main:
         print(f"scoring    {task.name} {split}: {len(read.examples)} examples of {folder}", flush=True)
     started = perf_counter()
-    every = list(answers(loaded, task, read.examples, train, settings, process))
+    every = list(answers(Evaluation(loaded, task, read.examples, train, settings, process)))
     seconds = round(perf_counter() - started, 2)  # of all rules together: they share what they read
     for found in every:
         counts = {**read.counts, "prompts cut to fit": found.cut, "seconds": seconds}

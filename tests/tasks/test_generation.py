@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,6 @@ from gloria.tasks.models.loglikelihood import (
     _Row,
     continuations,
     log_likelihoods,
-    requests,
 )
 from tests.tasks.tiny import make_folder, make_tokenizer, sentence
 
@@ -128,10 +128,10 @@ def test_a_batch_writes_what_generate_writes_one_by_one(family, foreign, folders
     assert sum(text.count("<") < PLAIN.max_new_tokens for text in wanted[0]) > 1
     assert wanted[0] != wanted[1]
     for batch in (1, 5, 64):
-        found, _ = continuations(loaded, prompts, [PLAIN, PENALTY], batch, process)
+        found = continuations(loaded, prompts, [PLAIN, PENALTY], batch, process)
         assert [texts for texts, _ in found] == wanted, batch
         assert [cut for _, cut in found] == [0, 0]
-    ((texts, _),), _ = continuations(loaded, [""], [PLAIN], 1, process)
+    ((texts, _),) = continuations(loaded, [""], [PLAIN], 1, process)
     assert texts == one_by_one(loaded, path, [""], PLAIN)
 
 
@@ -154,18 +154,18 @@ def test_settings_asked_together_answer_as_each_alone(family, folders, process):
         Settings(3),
         Settings(16, repetition_penalty=2.0, is_over=lambda text: len(text) > 19),
     ]
-    together, _ = continuations(loaded, prompts, asked, 4, process)
-    assert together == [continuations(loaded, prompts, [settings], 4, process)[0][0] for settings in asked]
+    together = continuations(loaded, prompts, asked, 4, process)
+    assert together == [continuations(loaded, prompts, [settings], 4, process)[0] for settings in asked]
     assert [cut for _, cut in together] == [1] * 5
 
 
 def test_the_end_tokens_of_generation_config_end_a_text(folders, process, tmp_path):
-    ((texts, _),), _ = continuations(load(folders("llama")), MANY, [PLAIN], 4, process)
+    ((texts, _),) = continuations(load(folders("llama")), MANY, [PLAIN], 4, process)
     end = int(texts[0].split("<")[3].rstrip(">"))
     path = tmp_path / "llama"
     shutil.copytree(folders("llama"), path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
-    ((shorter, _),), _ = continuations(load(path), MANY, [PLAIN], 4, process)
+    ((shorter, _),) = continuations(load(path), MANY, [PLAIN], 4, process)
     assert shorter == [text.partition(f"<{end}>")[0] for text in texts]
     assert shorter[0] != texts[0]
 
@@ -191,21 +191,28 @@ def test_answers_behind_a_context_read_once_score_as_each_alone(folders, process
         np.testing.assert_allclose(log_likelihoods(loaded, asked, batch, process), alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt_neo", "llama"])
-def test_what_is_asked_along_the_way_scores_as_it_does_alone(family, folders, process):
-    loaded = load(folders(family))
-    prompts = [*MANY, sentence(random.Random(0), 120)]
-    numbers = [number for number in range(len(prompts)) if number != 3]
-    # "sa" and "." are written without a space before them: the context's last token may be another one then.
-    answers = [(prompts[number], (" gato preto", "sa", ".", " uma casa grande")[number % 4]) for number in numbers]
-    made, cut = requests(loaded, answers)
-    assert cut == 1
-    for batch in (1, 5, 64):
-        texts, logs = continuations(loaded, prompts, [PLAIN, PENALTY], batch, process, dict(zip(numbers, made)))
-        assert texts == continuations(loaded, prompts, [PLAIN, PENALTY], batch, process)[0]
-        assert sorted(logs) == numbers
-        wanted = log_likelihoods(loaded, made, 1, process)
-        np.testing.assert_allclose([logs[number] for number in numbers], wanted, rtol=0, atol=1e-4)
-    texts, logs = continuations(loaded, prompts, [], 4, process, dict(zip(numbers, made)))
-    assert texts == []
-    np.testing.assert_allclose([logs[number] for number in numbers], wanted, rtol=0, atol=1e-4)
+def test_models_that_see_padding_continue_one_text_at_a_time(folders, process, tmp_path, capsys):
+    """Mamba keeps no keys and values, and the decoder of BART counts its positions from the padding on."""
+    tokenizer = make_tokenizer("llama")
+    shapes = {
+        "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+    }
+    for family, shape in shapes.items():
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape, is_encoder_decoder=False)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.save_pretrained(tmp_path / family)
+        tokenizer.save_pretrained(tmp_path / family)
+        loaded = load(tmp_path / family)
+        assert loaded.pads_left == ("padding changes" not in capsys.readouterr().err) == (family == "mamba")
+        texts = [text for text in MANY if text]
+        ((found, _),) = continuations(loaded, texts, [Settings(4)], 5, process)
+        for text, continuation in zip(texts, found):
+            ids = tokenizer(text)["input_ids"]
+            with torch.no_grad():
+                for token in re.findall(r"\d+", continuation):
+                    ids.append(int(loaded.language_model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                    assert ids[-1] == int(token)

@@ -2,7 +2,7 @@
 
 GPT-2 and GPT-Neo run through `gloria.model`, everything else through transformers, as fp32. Weights are read from
 safetensors files by this module alone; code in a folder never runs. What a model can do is read off its configuration
-and its outputs, never off its name. Rows are padded on the right, or on the left with positions.
+and its outputs, never off its name.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from gloria.dist.manifest import run_and_step
 from gloria.errors import UserError, warn
 from gloria.files import read_json_object
 from gloria.model.config import TransformerConfig, read_shape
+from gloria.model.decode import begin
 from gloria.model.families import find_family, read_config
 from gloria.model.huggingface import read_tensors, weight_files, write_folder
 from gloria.model.transformer import Transformer
@@ -56,26 +57,15 @@ class Backbone(nn.Module):
         self.hidden_size = hidden_size
         self.token_types = token_types  # tells the two parts of a pair apart by an embedding
 
-    def forward(
-        self, ids: Tensor, mask: Tensor, types: Tensor | None = None, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """ids, mask (1: a token, 0: padding) and types, (batch, seq) each, to the hidden states (batch, seq, hidden),
-        and to what the model itself makes of the whole, (batch, hidden), if anything.
-
-        `positions` (batch, seq), -1 at padding, are for rows padded on the left, and only for those.
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """ids, mask (1: a token, 0: padding on the right) and types, (batch, seq) each, to the hidden states
+        (batch, seq, hidden), and to the output of the model's own pooler, (batch, hidden), if it has one.
         """
         if isinstance(self.body, Transformer):
-            documents = None if positions is None else mask
-            return self.body.hidden_states(ids, documents, positions), None
+            return self.body.hidden_states(ids), None
         extra = {"token_type_ids": types} if self.token_types else {}
-        if positions is not None:
-            extra["position_ids"] = positions.clamp(min=0)
         output = self.body(input_ids=ids, attention_mask=mask, **extra)
-        hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
-        if pooled is not None and positions is not None:  # it was made of padding
-            first = hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(dim=1)]
-            pooled = self.body.pooler(first.unsqueeze(1))
-        return hidden, pooled
+        return output.last_hidden_state, getattr(output, "pooler_output", None)
 
     def blocks(self) -> nn.ModuleList:
         """The layers: the longest list of modules of one type."""
@@ -91,6 +81,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None  # tokens the model can see at once; None: no limit is known
     language_model: nn.Module | None  # with the head that predicts the next token, where it was requested
+    pads_left: bool = True  # padding on the left changes nothing that the language model writes
 
 
 def load_model(name: str, *, language_model: bool = False) -> Loaded:
@@ -102,14 +93,15 @@ def load_model(name: str, *, language_model: bool = False) -> Loaded:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if named := run_and_step(Path(name)):
-        return _load_checkpoint(find_checkpoint(*named))
-    folder = find_folder(name)
-    weight_files(folder)
-    if find_family(read_config(folder).get("model_type")) is None:
-        return _load_foreign(name, folder, load_tokenizer(folder), language_model)
-    shape = read_shape(folder)  # no config of ours reaches transformers
-    _check_ids(folder, shape.vocab_size)
-    return _own(name, shape, read_tensors(folder).items(), load_tokenizer(folder))
+        loaded = _load_checkpoint(find_checkpoint(*named))
+    else:
+        loaded = _load_folder(name, find_folder(name), language_model)
+    parameters = dict((loaded.language_model or loaded.backbone).named_parameters())
+    if bad := [key for key, parameter in parameters.items() if not parameter.isfinite().all()]:
+        warn(
+            f"{name}: {len(bad)} of {len(parameters)} tensors are not finite ({bad[0]}), so its outputs are not either"
+        )
+    return loaded
 
 
 def find_folder(name: str) -> Path:
@@ -225,6 +217,15 @@ def _load_checkpoint(checkpoint: Path) -> Loaded:
     return _own(str(checkpoint), shape, read_full_tensors(checkpoint, "model."), tokenizer)
 
 
+def _load_folder(name: str, folder: Path, language_model: bool) -> Loaded:
+    weight_files(folder)
+    if find_family(read_config(folder).get("model_type")) is None:
+        return _load_foreign(name, folder, language_model)
+    shape = read_shape(folder)  # no config of ours reaches transformers
+    _check_ids(folder, shape.vocab_size)
+    return _own(name, shape, read_tensors(folder).items(), load_tokenizer(folder))
+
+
 def _own(
     source: str,
     shape: TransformerConfig,
@@ -240,9 +241,10 @@ def _own(
     return Loaded(source, backbone, tokenizer, _shorter(shape.max_positions, tokenizer), model)
 
 
-def _load_foreign(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, language_model: bool) -> Loaded:
+def _load_foreign(name: str, folder: Path, language_model: bool) -> Loaded:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         text = config.get_text_config()
         _check_vocabulary(name, tokenizer, text.vocab_size)
         _check_ids(folder, text.vocab_size)
@@ -262,18 +264,21 @@ def _load_foreign(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, l
             token_types=getattr(text, "type_vocab_size", 0) >= 2 and "token_type_ids" in tokenizer("a"),
         )
         backbone.causal = not _sees_ahead(backbone, text.vocab_size)
+        pads_left = not language_model or _pads_left(model, text.vocab_size)
     except UserError:
         raise
     except Exception as error:  # whatever foreign files provoke
         raise _unloadable(name, error) from None
     if language_model and not backbone.causal:
         raise _no_language_model(name, config)
+    if not pads_left:
+        warn(f"{name}: padding changes what it writes, so it continues one text at a time")
     if missing := sorted(info["missing_keys"]):
         if language_model or any(re.search(r"\.\d+\.", key) for key in missing):  # of a layer
             raise UserError(f"--model: {name} has no weights for {missing[0]}; give a whole model")
         warn(f"{name}: {len(missing)} weights are not in the folder and start at random: {', '.join(missing[:4])}")
     limit = _shorter(getattr(text, "max_position_embeddings", None), tokenizer)
-    return Loaded(name, backbone, tokenizer, limit, model if language_model else None)
+    return Loaded(name, backbone, tokenizer, limit, model if language_model else None, pads_left)
 
 
 @torch.no_grad()
@@ -284,6 +289,14 @@ def _sees_ahead(backbone: Backbone, vocab_size: int) -> bool:
     hidden, _ = backbone.eval()(ids, torch.ones_like(ids), torch.zeros_like(ids))
     difference = (hidden[0, :-1] - hidden[1, :-1]).abs().max()
     return bool(difference > 1e-5 * hidden.abs().max())  # 0 for a causal model, above 1e-3 for any other
+
+
+@torch.no_grad()
+def _pads_left(model: nn.Module, vocab_size: int) -> bool:
+    """Whether a prompt has the same next token beside a longer one as alone, by trying."""
+    ids = [(number + vocab_size // 2) % vocab_size for number in range(8)]
+    (_, beside), (_, alone) = (begin(model, prompts, 1, torch.device("cpu")) for prompts in ([ids, ids[:4]], [ids[:4]]))
+    return bool((beside[1] - alone[0]).abs().max() < 1e-3 * alone.abs().max())  # rounding alone is below 1e-5
 
 
 def _check_ids(folder: Path, rows: int) -> None:

@@ -7,15 +7,19 @@ two are told apart and a causal model has a token that has seen everything.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.tasks.examples import NOT_FOUND, Pair, Span
 from gloria.tasks.models.heads import LABEL, SCORE, SPAN
@@ -154,6 +158,22 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
+def rank_batches(lengths: Sequence[int], batch_size: int, process: Process, label: str) -> Iterator[list[int]]:
+    """This rank's share of the batches of `length_batches`, with their progress on rank 0.
+
+    The progress is a bar on a terminal, and elsewhere a line a minute.
+    """
+    batches = length_batches(lengths, batch_size)[process.rank :: process.world]
+    begun = said = monotonic()
+    for done, batch in enumerate(tqdm(batches, label, leave=False, disable=None if process.is_main else True)):
+        now = monotonic()
+        if process.is_main and now - said > 60 and not sys.stderr.isatty():
+            said, minutes = now, (now - begun) / 60
+            left = minutes * (len(batches) - done) / max(done, 1)
+            print(f"{label:<10} {done} of {len(batches)} batches, about {left:.0f} minutes left", flush=True)
+        yield batch
+
+
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch: each row once, in an order that (seed, epoch) decides, neighbours alike in length.
 
@@ -170,35 +190,23 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def collate(
-    rows: Sequence[Row],
-    pad_id: int,
-    device: torch.device,
-    targets: Iterable[str] = (),
-    side: Literal["right", "left"] = "right",
-) -> dict[str, Tensor]:
-    """Rows as tensors, padded to the longest.
+def collate(rows: Sequence[Row], pad_id: int, device: torch.device, targets: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Rows as tensors, padded on the right to the longest.
 
-    "ids", "mask", "types", "allowed" (where an answer may begin or end) and "null" are (batch, seq), the last
-    (batch,); of the `targets` named "label" and "score" are (batch,), "span" (batch, 2). Padded on the left they have
-    "positions" (batch, seq) as well, for then a token's place in the row says nothing of its place in the text.
+    "ids", "mask", "types", "allowed" (where an answer may begin or end) are (batch, seq) and "null" is (batch,); of
+    the `targets` named, "label" and "score" are (batch,), "span" (batch, 2).
     """
     length = max(len(row.ids) for row in rows)
-    skipped = [length - len(row.ids) if side == "left" else 0 for row in rows]
     ids, types = np.full((len(rows), length), pad_id), np.zeros((len(rows), length), np.int64)
     mask, allowed = np.zeros_like(types), np.zeros_like(types)
-    for number, (row, start) in enumerate(zip(rows, skipped)):
-        own = slice(start, start + len(row.ids))
+    for number, row in enumerate(rows):
+        own = slice(len(row.ids))
         ids[number, own], types[number, own], mask[number, own] = row.ids, row.types, 1
-        allowed[number, own][row.first : row.first + len(row.offsets)] = 1
-        allowed[number, own][row.null] = 1
+        allowed[number, row.first : row.first + len(row.offsets)] = 1
+        allowed[number, row.null] = 1
     batch = {"ids": ids, "types": types, "mask": mask, "allowed": allowed}
-    if side == "left":
-        batch["positions"] = mask.cumsum(axis=1) - 1
-    batch["null"] = np.array([start + row.null for row, start in zip(rows, skipped)])
+    batch["null"] = np.array([row.null for row in rows])
     batch |= {name: np.array([row.targets[name] for row in rows]) for name in targets}
-    if SPAN in batch:
-        batch[SPAN] += np.array(skipped)[:, None]
     tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
     if SCORE in tensors:
         tensors[SCORE] = tensors[SCORE].float()
@@ -283,18 +291,17 @@ def best_spans(
         yield example.id, text, float(null[number] - score)
 
 
-def top_span_logits(logits: Tensor, null: Tensor, start: Tensor | int = 0, k: int = 20) -> Tensor:
+def top_span_logits(logits: Tensor, null: Tensor, k: int = 20) -> Tensor:
     """The k best first and last tokens of each row and the score of "no answer", (batch, 4k + 1) float64.
 
-    `logits` (batch, seq, 2), `null` (batch,) places. Places first, then logits, for both ends; places are counted from
-    `start`, each row's first token, (batch, 1).
+    `logits` (batch, seq, 2), `null` (batch,) places. Places first, then logits, for both ends.
     """
     k_here = min(k, logits.shape[1])
     parts = []
     for end in (0, 1):
         values, places = logits[..., end].topk(k_here, dim=1)
         padding = (0, k - k_here)
-        parts.append(torch.nn.functional.pad(places - start, padding, value=-1))
+        parts.append(torch.nn.functional.pad(places, padding, value=-1))
         parts.append(torch.nn.functional.pad(values, padding, value=-torch.inf))
     rows = torch.arange(len(logits), device=logits.device)
     parts.append(logits[rows, null].sum(dim=1, keepdim=True))

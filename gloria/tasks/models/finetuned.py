@@ -132,7 +132,7 @@ def row_outputs(
 
 def _flat(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     if SPAN in outputs:
-        return top_span_logits(outputs[SPAN], batch["null"], batch["mask"].argmax(dim=1, keepdim=True))
+        return top_span_logits(outputs[SPAN], batch["null"])
     return torch.cat([value.double().reshape(len(value), -1) for value in outputs.values()], dim=1)
 
 

@@ -39,15 +39,14 @@ class TaskModel(nn.Module):
         The span logits of tokens that no answer can begin or end with are -inf.
         """
         mask = batch["mask"]
-        hidden, pooled = self.backbone(batch["ids"], mask, batch.get("types"), batch.get("positions"))
+        hidden, pooled = self.backbone(batch["ids"], mask, batch.get("types"))
         if SPAN in self.heads:
             logits = self.heads[SPAN](F.dropout(hidden, self.dropout, self.training)).float()
             return {SPAN: logits.masked_fill(~batch["allowed"].bool().unsqueeze(-1), -torch.inf)}
-        rows = torch.arange(len(hidden), device=hidden.device)
         if self.backbone.causal:
-            pooled = hidden[rows, mask.cumsum(dim=1).argmax(dim=1)]  # the last token, wherever padding is
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
         elif pooled is None:
-            pooled = hidden[rows, mask.argmax(dim=1)]
+            pooled = hidden[:, 0]
         pooled = F.dropout(pooled, self.dropout, self.training)  # (batch, hidden)
         return {name: head(pooled).float() for name, head in self.heads.items()}
 

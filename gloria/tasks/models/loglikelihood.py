@@ -7,9 +7,8 @@ dealt out whole, so any number of ranks computes the same ones. Each rank holds 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.model.decode import OwnCache, begin, end_ids
+from gloria.model.decode import begin, end_ids
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import Loaded
-from gloria.tasks.models.encode import length_batches, tokenize
+from gloria.tasks.models.encode import rank_batches, tokenize
 
 _CHUNK = 1024  # places whose logits, (chunk, vocab) in fp32, are held at once
 
@@ -58,7 +57,7 @@ def start_ids(tokenizer: PreTrainedTokenizerBase, *, needed: bool) -> list[int]:
     return [first]
 
 
-def requests(loaded: Loaded, texts: Sequence[tuple[str, str]]) -> tuple[list[Request], int]:
+def make_requests(loaded: Loaded, texts: Sequence[tuple[str, str]]) -> tuple[list[Request], int]:
     """A request for each (context, answer), and how many contexts were cut on the left to fit.
 
     Context and answer are tokenized as one text: the answer's tokens are those behind as many as the context
@@ -82,43 +81,39 @@ def requests(loaded: Loaded, texts: Sequence[tuple[str, str]]) -> tuple[list[Req
 
 
 @torch.no_grad()
-def log_likelihoods(loaded: Loaded, asked: Sequence[Request], batch_size: int, process: Process) -> np.ndarray:
+def log_likelihoods(loaded: Loaded, requests: Sequence[Request], batch_size: int, process: Process) -> np.ndarray:
     """Of each request the summed log-likelihood of its scored tokens, in nats, and whether each of them was the
     likeliest (1 or 0): (requests, 2) float64, the same on all ranks.
 
-    Our own models read what several requests have in common before their scored tokens once.
+    Our own models read the context that several requests share once.
     """
-    found = torch.zeros(len(asked), 2, dtype=torch.float64)
+    found = torch.zeros(len(requests), 2, dtype=torch.float64)
     model = loaded.language_model
-    groups = _by_context(asked) if isinstance(model, Transformer) else [[number] for number in range(len(asked))]
+    groups = _by_context(requests) if isinstance(model, Transformer) else [[number] for number in range(len(requests))]
     alone = [group[0] for group in groups if len(group) == 1]
-    for chosen in _own_batches([len(asked[number].ids) for number in alone], batch_size, process):
-        rows = [asked[alone[number]] for number in chosen]
+    for chosen in rank_batches([len(requests[number].ids) for number in alone], batch_size, process, "scoring"):
+        rows = [requests[alone[number]] for number in chosen]
         states = _states(model, *_pad([row.ids[:-1] for row in rows], process.device))
         found[[alone[number] for number in chosen]] = _sums(model, states, rows, [len(row.ids) - 1 for row in rows])
     shared = [group for group in groups if len(group) > 1]
-    for chosen in _own_batches([len(asked[group[0]].ids) for group in shared], batch_size, process):
+    for chosen in rank_batches([len(requests[group[0]].ids) for group in shared], batch_size, process, "scoring"):
         batch = [shared[number] for number in chosen]
-        room = max(asked[number].scored for group in batch for number in group)
-        contexts = [asked[group[0]].ids[: -asked[group[0]].scored] for group in batch]
+        room = max(requests[number].scored for group in batch for number in group)
+        contexts = [requests[group[0]].ids[: -requests[group[0]].scored] for group in batch]
         state, _ = begin(model, contexts, room, process.device)
         for turn in range(max(map(len, batch))):
-            # A group with fewer answers than others says its last one again.
+            # A group with fewer answers than others repeats its last one.
             numbers = [group[min(turn, len(group) - 1)] for group in batch]
-            found[numbers] = _score_ahead(model, state, [asked[number] for number in numbers])
+            rows = [requests[number] for number in numbers]
+            ids, _ = _pad([row.ids[-row.scored - 1 : -1] for row in rows], process.device)
+            found[numbers] = _sums(model, state.look_ahead(ids, back=1), rows, [row.scored for row in rows])
     return _over_ranks(found, process)
 
 
-def _score_ahead(model: Transformer, state: OwnCache, asked: Sequence[Request]) -> Tensor:
-    """The sums of a request for each row, which is all that comes before its scored tokens."""
-    ids, _ = _pad([request.ids[-request.scored - 1 : -1] for request in asked], state.lengths.device)
-    return _sums(model, state.look_ahead(ids, back=1), asked, [request.scored for request in asked])
-
-
-def _by_context(asked: Sequence[Request]) -> list[list[int]]:
+def _by_context(requests: Sequence[Request]) -> list[list[int]]:
     """The numbers of the requests, those together that go on from the same tokens, where these are most of them."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for number, request in enumerate(asked):
+    for number, request in enumerate(requests):
         context = request.ids[: -request.scored]
         # A context of one token, or shorter than what comes after it, saves nothing.
         own = (-1, number) if len(context) <= max(request.scored, 1) else ()
@@ -128,23 +123,16 @@ def _by_context(asked: Sequence[Request]) -> list[list[int]]:
 
 @torch.no_grad()
 def continuations(
-    loaded: Loaded,
-    prompts: Sequence[str],
-    settings: Sequence[Settings],
-    batch_size: int,
-    process: Process,
-    asked: Mapping[int, Request] = MappingProxyType({}),
-) -> tuple[list[tuple[list[str], int]], dict[int, np.ndarray]]:
-    """For each of the `settings` what the model goes on with after each prompt, always the likeliest token, and how
-    many prompts were cut on the left to leave room; and what `log_likelihoods` says of the requests `asked`.
+    loaded: Loaded, prompts: Sequence[str], settings: Sequence[Settings], batch_size: int, process: Process
+) -> list[tuple[list[str], int]]:
+    """For each of the `settings` the greedy continuation of every prompt, and how many prompts were cut on the left.
 
-    By one of the settings a row is done after its `max_new_tokens`, at EOS, or when its text `is_over`. A prompt is
-    read once for all settings, and those with the same penalty share the tokens that come after it. Requests are by
-    the number of a prompt, and our own models do not read it again for them.
+    A continuation ends after `max_new_tokens`, at EOS, or when its text `is_over`. A prompt is read once for all
+    settings, and those with the same penalty share the tokens that come after it.
     """
     starts = [start_ids(loaded.tokenizer, needed=not row.ids) + row.ids for row in tokenize(loaded.tokenizer, prompts)]
     rows: dict[tuple[int, int], dict[float, _Row]] = {}  # by prompt and how much of it is left, and by penalty
-    kept: list[list[list[int]]] = []  # of each of the settings the prompts as they fit
+    kept: list[list[list[int]]] = []  # for each of the settings the prompts as they fit
     for number, setting in enumerate(settings):
         room = (loaded.max_length or 10**9) - setting.max_new_tokens
         if room < 1:
@@ -158,36 +146,18 @@ def continuations(
             row.open[number] = setting
     most = max((setting.max_new_tokens for setting in settings), default=0)
     made = torch.zeros(len(settings), len(prompts), most, dtype=torch.float64)  # ids + 1; 0 where there is none
-    sums = torch.zeros(len(prompts), 2, dtype=torch.float64)
     groups = [list(alike.values()) for alike in rows.values()]
-    along = _read_along(loaded, groups, asked)
-    for chosen in _own_batches([len(group[0].start) for group in groups], batch_size, process):
-        batch = [groups[number] for number in chosen]
-        for row in _decode(loaded, batch, [along.get(number) for number in chosen], sums, process.device):
+    lengths = [len(group[0].start) for group in groups]
+    for chosen in rank_batches(lengths, batch_size if loaded.pads_left else 1, process, "generating"):
+        for row in _decode(loaded, [groups[number] for number in chosen], process.device):
             for number, end in row.ends.items():
                 made[number, row.prompt, :end] = torch.tensor(row.tokens[:end], dtype=torch.float64) + 1
-    tables, values = (_over_ranks(made, process).astype(np.int64) - 1).tolist(), _over_ranks(sums, process)
     found = []
-    for table, prompts_ in zip(tables, kept):
+    for table, prompts_ in zip((_over_ranks(made, process).astype(np.int64) - 1).tolist(), kept):
         new = [[token for token in tokens if token >= 0] for tokens in table]
         texts = [_new_text(loaded.tokenizer, ids, tokens) for ids, tokens in zip(prompts_, new)]
         found.append((texts, sum(len(ids) < len(start) for ids, start in zip(prompts_, starts))))
-    done = {groups[number][0].prompt for number in along}
-    rest = [prompt for prompt in asked if prompt not in done]
-    others = log_likelihoods(loaded, [asked[prompt] for prompt in rest], batch_size, process) if rest else []
-    return found, {prompt: values[prompt] for prompt in done} | dict(zip(rest, others))
-
-
-def _read_along(loaded: Loaded, groups: Sequence[Sequence[_Row]], asked: Mapping[int, Request]) -> dict[int, Request]:
-    """The requests that begin as rows of a group do, by the group's number."""
-    if not isinstance(loaded.language_model, Transformer):
-        return {}
-    requests_ = {number: asked.get(group[0].prompt) for number, group in enumerate(groups)}
-    return {
-        number: request
-        for number, request in requests_.items()
-        if request is not None and request.ids[: -request.scored] == groups[number][0].start
-    }
+    return found
 
 
 @dataclass
@@ -202,28 +172,11 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
 
 
-def _decode(
-    loaded: Loaded,
-    groups: Sequence[Sequence[_Row]],
-    asked: Sequence[Request | None],
-    sums: Tensor,
-    device: torch.device,
-) -> list[_Row]:
-    """The rows of the groups with their tokens; those of a group begin alike, and are read as one.
-
-    What is `asked` of a group goes to `sums`, at the number of its prompt.
-    """
+def _decode(loaded: Loaded, groups: Sequence[Sequence[_Row]], device: torch.device) -> list[_Row]:
+    """The rows of the groups with their tokens; those of a group begin alike, and are read as one."""
     live = [row for group in groups for row in group]
     room = max(setting.max_new_tokens for row in live for setting in row.open.values())
-    room = max([room, *(request.scored for request in asked if request)])
     state, logits = begin(loaded.language_model, [group[0].start for group in groups], room, device)
-    if any(asked):
-        # The others are asked for their own last token, which is not looked at.
-        scored = [request or Request(group[0].start[-1:] * 2, 1) for request, group in zip(asked, groups)]
-        values = _score_ahead(loaded.language_model, state, scored)
-        for request, group, value in zip(asked, groups, values):
-            if request:
-                sums[group[0].prompt] = value
     going = [number for number, group in enumerate(groups) for _ in group]
     if len(going) > len(groups):
         index = torch.tensor(going, device=device)
@@ -289,17 +242,19 @@ def _states(model: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
-def _sums(model: torch.nn.Module, states: Tensor, asked: Sequence[Request], ends: Sequence[int]) -> Tensor:
+def _sums(model: torch.nn.Module, states: Tensor, requests: Sequence[Request], ends: Sequence[int]) -> Tensor:
     """Summed log-likelihoods, and whether each token was the likeliest: (rows, 2) float64 on the CPU.
 
     `states` (rows, seq, ...) of a request that come before its scored tokens are those that end at its end.
     """
-    places = [(row, end - request.scored + n) for row, (request, end) in enumerate(zip(asked, ends))
+    places = [(row, end - request.scored + n) for row, (request, end) in enumerate(zip(requests, ends))
               for n in range(request.scored)]  # fmt: skip
     rows, columns = torch.tensor(places, device=states.device).T
-    targets = torch.tensor([token for request in asked for token in request.ids[-request.scored :]])
+    targets = torch.tensor([token for request in requests for token in request.ids[-request.scored :]])
     targets = targets.to(states.device)
-    sums = torch.zeros(len(asked), 2, dtype=torch.float64, device=states.device)  # log-likelihood, tokens not likeliest
+    sums = torch.zeros(
+        len(requests), 2, dtype=torch.float64, device=states.device
+    )  # log-likelihood, tokens not likeliest
     for at in range(0, len(rows), _CHUNK):
         row, wanted = rows[at : at + _CHUNK], targets[at : at + _CHUNK]
         logits = states[row, columns[at : at + _CHUNK]]
@@ -329,10 +284,6 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, start: list[int], new: list[in
     """What the tokens `new` add to the text of `start`: alone, a first piece may lose its leading space."""
     before, after = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (start, start + new))
     return after[len(before) :]
-
-
-def _own_batches(lengths: Sequence[int], batch_size: int, process: Process) -> list[list[int]]:
-    return length_batches(lengths, batch_size)[process.rank :: process.world]
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,8 @@ from gloria.data.tokenizer import load_tokenizer
 from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.tasks.examples import (
-    Choice,
     ChoicePrediction,
     Example,
-    LastWord,
-    Pair,
     PairPrediction,
     Prediction,
     WordPrediction,
@@ -33,8 +31,8 @@ from gloria.tasks.models.loglikelihood import (
     Settings,
     continuations,
     log_likelihoods,
+    make_requests,
     perplexity_scores,
-    requests,
     start_ids,
     windows,
 )
@@ -57,7 +55,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How a task is put to a model."""
+    """How a model is prompted with a task."""
 
     method: str  # LIKELIHOOD or GENERATION
     shots: int
@@ -66,137 +64,118 @@ class EvalSettings:
     batch: int
 
 
-def answers(
-    loaded: Loaded,
-    task: Task,
-    examples: Sequence[Example],
-    train: Sequence[Example],
-    asking: EvalSettings,
-    process: Process,
-) -> Iterator[Answers]:
+@dataclass(frozen=True)
+class Evaluation:
+    """A language model, the task and examples that it is scored on, and solved ones to choose shots from."""
+
+    loaded: Loaded
+    task: Task
+    examples: Sequence[Any]  # of the task's kind
+    train: Sequence[Example]
+    settings: EvalSettings
+    process: Process
+
+    def prompts(self, target: str) -> list[Prompt]:
+        """The prompts of all examples, each behind its shots; `target` is the head of a pair."""
+        return [prompt(self.task, example, self.shots(example), target) for example in self.examples]
+
+    def shots(self, example: Example) -> list[Example]:
+        count = self.settings.shots
+        return choose_shots(self.train, example, count, self.settings.seed) if count else []
+
+    def log_likelihoods(self, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray], int]:
+        """The log-likelihoods of each prompt's answers, in nats, and how many of the texts were cut."""
+        texts = [(prompt_.context, answer) for prompt_ in prompts for answer in prompt_.answers]
+        made, cut = make_requests(self.loaded, texts)
+        values = log_likelihoods(self.loaded, made, self.settings.batch, self.process)[:, 0]
+        ends = np.cumsum([len(prompt_.answers) for prompt_ in prompts])
+        return np.split(values, ends[:-1]), cut
+
+    def continuations(self, texts: Sequence[str], settings: Sequence[Settings]) -> list[tuple[list[str], int]]:
+        return continuations(self.loaded, texts, settings, self.settings.batch, self.process)
+
+
+def answers(evaluation: Evaluation) -> Iterator[Answers]:
     """The model's answers: one set, or for last words one a rule."""
-    if task.family == "last_word":
-        yield from _words(loaded, examples, asking, process)
-    elif task.family == "choice":
-        yield _choices(loaded, task, examples, train, asking, process)
-    elif asking.method == GENERATION:
-        yield _original(loaded, task, examples, train, asking, process)
+    if evaluation.task.family == "last_word":
+        yield from _words(evaluation)
+    elif evaluation.task.family == "choice":
+        yield _choices(evaluation)
     else:
-        yield _pairs(loaded, task, examples, train, asking, process)
+        yield (_original if evaluation.settings.method == GENERATION else _pairs)(evaluation)
 
 
-def _pairs(
-    loaded: Loaded,
-    task: Task,
-    examples: Sequence[Pair],
-    train: Sequence[Example],
-    asking: EvalSettings,
-    process: Process,
-) -> Answers:
-    found: dict[str, dict[str, str | float]] = {example.id: {} for example in examples}
+def _pairs(evaluation: Evaluation) -> Answers:
+    found: dict[str, dict[str, str | float]] = {example.id: {} for example in evaluation.examples}
     cut = 0
-    for target in task.targets:
-        prompts = [_with_shots(task, example, train, asking, target) for example in examples]
-        logs, cut_here = _answer_logs(loaded, prompts, asking.batch, process)
+    for target in evaluation.task.targets:
+        prompts = evaluation.prompts(target)
+        logs, cut_here = evaluation.log_likelihoods(prompts)
         cut += cut_here
-        for example, asked, values in zip(examples, prompts, logs):
+        for example, prompt_, values in zip(evaluation.examples, prompts, logs):
             if not np.isfinite(values).all():
                 continue  # weights that are not finite predict nothing
             if target == "entailment":
-                found[example.id]["label"] = str(asked.values[int(values.argmax())])
+                found[example.id]["label"] = str(prompt_.values[int(values.argmax())])
             else:
                 weights = np.exp(values - values.max())
-                found[example.id]["score"] = float(weights @ np.array(asked.values, float) / weights.sum())
+                found[example.id]["score"] = float(weights @ np.array(prompt_.values, float) / weights.sum())
     predictions: dict[str, Prediction] = {name: PairPrediction(**values) for name, values in found.items()}
     way = "log-likelihood of the answers (a score is their mean, weighted by probability)"
-    return Answers(predictions, f"{asking.shots} shots, {way}", cut)
+    return Answers(predictions, f"{evaluation.settings.shots} shots, {way}", cut)
 
 
-def _choices(
-    loaded: Loaded,
-    task: Task,
-    examples: Sequence[Choice],
-    train: Sequence[Example],
-    asking: EvalSettings,
-    process: Process,
-) -> Answers:
-    every = [(example, _with_shots(task, example, train, asking, "")) for example in examples]
-    asked = [(example, prompt_) for example, prompt_ in every if prompt_.answers]
-    prompts = [prompt_ for _, prompt_ in asked]
-    logs, cut = _answer_logs(loaded, prompts, asking.batch, process)
-    predictions: dict[str, Prediction] = {}
-    for (example, _), values in zip(asked, logs):
-        predictions[example.id] = ChoicePrediction(tuple(values.tolist()))
-    return Answers(predictions, f"{asking.shots} shots, log-likelihood of the answers", cut)
+def _choices(evaluation: Evaluation) -> Answers:
+    prompts = {e.id: prompt_ for e, prompt_ in zip(evaluation.examples, evaluation.prompts("")) if prompt_.answers}
+    logs, cut = evaluation.log_likelihoods(list(prompts.values()))
+    predictions: dict[str, Prediction] = {
+        name: ChoicePrediction(tuple(values.tolist())) for name, values in zip(prompts, logs)
+    }
+    return Answers(predictions, f"{evaluation.settings.shots} shots, log-likelihood of the answers", cut)
 
 
-def _original(
-    loaded: Loaded,
-    task: Task,
-    examples: Sequence[Pair],
-    train: Sequence[Example],
-    asking: EvalSettings,
-    process: Process,
-) -> Answers:
+def _original(evaluation: Evaluation) -> Answers:
+    task, examples = evaluation.task, evaluation.examples
     if set(task.targets) != {"entailment", "similarity"} or task.labels != ("None", "Entailment"):
         raise UserError(f"--method: the original's prompt is for assin2, not {task.name}; use {LIKELIHOOD}")
-    texts = [original_prompt(example, _shots(example, train, asking)) for example in examples]
+    texts = [original_prompt(example, evaluation.shots(example)) for example in examples]
     settings = Settings(ORIGINAL_TOKENS, is_over=lambda text: read_original(text + "\n") != PairPrediction())
-    ((written, cut),), _ = continuations(loaded, texts, [settings], asking.batch, process)
+    ((written, cut),) = evaluation.continuations(texts, [settings])
     predictions: dict[str, Prediction] = {example.id: read_original(text) for example, text in zip(examples, written)}
-    return Answers(
-        predictions, f"{asking.shots} shots, the original's prompt, greedy; what cannot be read is wrong", cut
-    )
+    method = f"{evaluation.settings.shots} shots, the original's prompt, greedy; what cannot be read is wrong"
+    return Answers(predictions, method, cut)
 
 
-def _words(loaded: Loaded, examples: Sequence[LastWord], asking: EvalSettings, process: Process) -> Iterator[Answers]:
-    contexts = [example.context.rstrip() for example in examples]
-    asked: list[int] = []
-    if LOG_LIKELIHOOD in asking.rules:
-        asked = [number for number, example in enumerate(examples) if (example.word or "").strip()]
-    words = [(contexts[number], f" {examples[number].word.strip()}") for number in asked]
-    made, cut_words = requests(loaded, words) if words else ([], 0)
-    written, logs = {}, {}
-    for strip, prompts in ((True, contexts), (False, [example.context for example in examples])):
-        names = [name for name in asking.rules if name in RULES and RULES[name].strip == strip]
-        rules = [RULES[name] for name in names]
-        settings = [Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over) for rule in rules]
-        if strip or names:
-            along = dict(zip(asked, made)) if strip else {}
-            texts, found = continuations(loaded, prompts, settings, asking.batch, process, along)
-            written |= dict(zip(names, texts))
-            logs |= found
-    for name in asking.rules:
+def _words(evaluation: Evaluation) -> Iterator[Answers]:
+    examples, names = evaluation.examples, evaluation.settings.rules
+    contexts = {True: [example.context.rstrip() for example in examples], False: [e.context for e in examples]}
+    written: dict[str, tuple[list[str], int]] = {}
+    for strip, texts in contexts.items():
+        rules = {name: RULES[name] for name in names if name in RULES and RULES[name].strip == strip}
+        settings = [Settings(rule.max_new_tokens, rule.repetition_penalty, rule.is_over) for rule in rules.values()]
+        if rules:
+            written |= dict(zip(rules, evaluation.continuations(texts, settings)))
+    for name in names:
         if name == LOG_LIKELIHOOD:
-            predictions: dict[str, Prediction] = {
-                examples[number].id: WordPrediction(log_likelihood=float(log), greedy=bool(greedy))
-                for number, (log, greedy) in logs.items()
-            }
-            yield Answers(predictions, "log-likelihood of the gold word", cut_words, name)
+            yield _gold_words(evaluation, contexts[True])
             continue
-        rule, (continued, cut) = RULES[name], written[name]
-        predictions = {example.id: WordPrediction(text=text) for example, text in zip(examples, continued)}
+        rule, (texts, cut) = RULES[name], written[name]
+        predictions: dict[str, Prediction] = {e.id: WordPrediction(text=text) for e, text in zip(examples, texts)}
         penalty = f", repetition penalty {rule.repetition_penalty:g}" if rule.repetition_penalty != 1 else ""
         yield Answers(predictions, f"greedy, at most {rule.max_new_tokens} tokens{penalty}", cut, name)
 
 
-def _shots(example: Example, train: Sequence[Example], asking: EvalSettings) -> list[Example]:
-    return choose_shots(train, example, asking.shots, asking.seed) if asking.shots else []
-
-
-def _with_shots(task: Task, example: Example, train: Sequence[Example], asking: EvalSettings, target: str) -> Prompt:
-    return prompt(task, example, _shots(example, train, asking), target)
-
-
-def _answer_logs(
-    loaded: Loaded, prompts: Sequence[Prompt], batch: int, process: Process
-) -> tuple[list[np.ndarray], int]:
-    """The log-likelihoods of each prompt's answers, in nats, and how many of the texts were cut."""
-    texts = [(prompt_.context, answer) for prompt_ in prompts for answer in prompt_.answers]
-    made, cut = requests(loaded, texts)
-    values = log_likelihoods(loaded, made, batch, process)[:, 0]
-    ends = np.cumsum([len(prompt_.answers) for prompt_ in prompts])
-    return np.split(values, ends[:-1]), cut
+def _gold_words(evaluation: Evaluation, contexts: Sequence[str]) -> Answers:
+    words = {
+        e.id: (text, f" {e.word.strip()}") for e, text in zip(evaluation.examples, contexts) if (e.word or "").strip()
+    }
+    made, cut = make_requests(evaluation.loaded, list(words.values()))
+    values = log_likelihoods(evaluation.loaded, made, evaluation.settings.batch, evaluation.process)
+    predictions: dict[str, Prediction] = {
+        name: WordPrediction(log_likelihood=float(log), greedy=bool(greedy))
+        for name, (log, greedy) in zip(words, values)
+    }
+    return Answers(predictions, "log-likelihood of the gold word", cut, LOG_LIKELIHOOD)
 
 
 def corpus_texts(path: Path) -> dict[str, list[str]]:
@@ -230,16 +209,16 @@ def perplexity(
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Perplexities and bits per byte of documents, each on its own, and counts; EOS is not scored."""
     start = start_ids(loaded.tokenizer, needed=True)
-    asked: list[Request] = []
+    requests: list[Request] = []
     for row in tokenize(loaded.tokenizer, texts):
-        asked += windows(start[-1:] + row.ids, length, stride)
+        requests += windows(start[-1:] + row.ids, length, stride)
     counts = {
         "documents": len(texts),
         "bytes": sum(len(text.encode()) for text in texts),
         "words": sum(len(text.split()) for text in texts),
-        "tokens": sum(request.scored for request in asked),
+        "tokens": sum(request.scored for request in requests),
     }
     if not counts["tokens"]:
         raise UserError("--data: there is no text in it; give another file")
-    nats = -float(log_likelihoods(loaded, asked, batch, process)[:, 0].sum())
+    nats = -float(log_likelihoods(loaded, requests, batch, process)[:, 0].sum())
     return perplexity_scores(nats, counts["tokens"], counts["words"], counts["bytes"]), counts

@@ -237,3 +237,18 @@ def test_encoder_decoders_and_models_that_see_ahead_are_refused(tmp_path):
         load_model(str(tmp_path / "xlnet"), language_model=True)
     loaded = load_model(str(tmp_path / "xlnet"))
     assert (loaded.backbone.causal, loaded.max_length) == (False, None)
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "llama"])
+def test_weights_that_are_not_finite_are_reported(family, folders, tmp_path, capsys):
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        next(tensor for name, tensor in tensors.items() if name.endswith("norm.weight") or "ln_f" in name)[0] = (
+            torch.nan
+        )
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    load_model(str(folders[family]), language_model=True)
+    assert "not finite" not in capsys.readouterr().err
+    load_model(changed(folders[family], tmp_path / "model", spoil), language_model=True)
+    assert "tensors are not finite (" in capsys.readouterr().err
