@@ -49,9 +49,10 @@ test: $(READY) ## the whole test suite (two cores, no GPU)
 test-hard: $(READY) ## the suite on one core, under load, on older kernels, in random orders (an hour): ARGS="one-core load+order-1"
 	$(PYTHON) -m tests.hard $(ARGS)
 
-lint: $(READY) ## ruff: style and format
+lint: $(READY) ## style, format (ruff) and types (mypy)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 corpus: $(READY) ## token shards from a corpus recipe: RECIPE=corpus.toml
 	$(PYTHON) -m gloria.prepare $(RECIPE) $(ARGS)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _not_joined(environment: Environment, error: Exception) -> str:
 def _read_recipe(argv: list[str] | None) -> tuple[PretrainConfig | None, RunPlan | None, str]:
     """The recipe and its plan, or what is wrong with them: on one node alone that must not leave the others waiting."""
     try:
-        config = read_pretrain_config(
+        config: PretrainConfig = read_pretrain_config(
             argv,
             prog="python -m gloria.doctor",
             description="Check whether this machine, or every node of this job, is fit for a run of gloria.pretrain.",
@@ -170,9 +171,10 @@ def alike(facts: list[Facts], value: Callable[[Facts], str]) -> bool:
 
 def _versions_row(facts: list[Facts]) -> Row:
     names = sorted({name for fact in facts for name in fact["versions"]})
-    others = [name for name in names if not alike(facts, lambda fact, name=name: fact["versions"].get(name, "none"))]
+    found_on = [{**dict.fromkeys(names, "none"), **fact["versions"], "node": fact["node"]} for fact in facts]
+    others = [name for name in names if not alike(found_on, itemgetter(name))]
     if others:
-        found = [f"{name} {by_value(facts, lambda f, n=name: f['versions'].get(n, 'none'))}" for name in others]
+        found = [f"{name} {by_value(found_on, itemgetter(name))}" for name in others]
         return Row("versions", " | ".join(found), "use one environment on all nodes (a shared folder, or one image)")
     return Row("versions", ", ".join(f"{name} {number}" for name, number in sorted(facts[0]["versions"].items())))
 
@@ -221,8 +223,8 @@ def _recipe_row(facts: list[Facts]) -> Row:
     if any(fact["problem"] for fact in facts):
         return Row("recipe", by_value(facts, lambda fact: fact["problem"] or "right"), "fix it and rerun")
     for key in ("recipe", "tokenizer"):
-        if not alike(facts, lambda fact, key=key: fact[key]):
-            found = by_value(facts, lambda fact, key=key: fact[key][:8])
+        if not alike(facts, itemgetter(key)):
+            found = by_value([{**fact, key: fact[key][:8]} for fact in facts], itemgetter(key))
             return Row("recipe", f"{key} {found}", "give all nodes the same file, flags and corpus")
     return Row("recipe", "the same on all ranks, and nothing wrong with it")
 
@@ -318,7 +320,7 @@ def _shared_row(environment: Environment, facts: list[Facts], folder: Path) -> R
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     problem = ""
     if rank == 0:
-        problem = _attempt(lambda: (folder.mkdir(parents=True, exist_ok=True), files[0].touch()))
+        problem = _attempt(lambda: folder.mkdir(parents=True, exist_ok=True)) or _attempt(files[0].touch)
     seen = gather({"node": node, "problem": problem})
     if not seen[0]["problem"]:
         if rank in files and rank != 0:

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             break
         logits = rows.step(token)
     # Decoded with the prompt: alone, a first piece may lose its leading space.
-    given, whole = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids, made))
+    given, whole = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in (ids, made))
     print(arguments.prompt + whole[len(given) :])
     return 0
 

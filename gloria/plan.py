@@ -72,6 +72,12 @@ class Job:
         return ELEMENT_BYTES[self.precision]
 
     @property
+    def micro_batch(self) -> int:
+        """Windows a rank works on at once."""
+        assert self.config.train.micro_batch is not None  # filled in by read_pretrain_config
+        return self.config.train.micro_batch
+
+    @property
     def step_tokens(self) -> int:
         """Tokens that a step predicts, over all ranks."""
         return self.config.train.global_batch * self.config.train.sequence_length
@@ -229,7 +235,7 @@ def lines_of(job: Job, machine: Machine) -> Iterator[str]:
     """The plan, line by line."""
     shape, train, card = job.shape, job.config.train, machine.card
     counts, length = count_parameters(shape), train.sequence_length
-    here = estimate(job, machine, machine.gpus, train.micro_batch)
+    here = estimate(job, machine, machine.gpus, job.micro_batch)
     parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
     layers = f"{shape.num_layers} layers x {shape.hidden_size}"
     yield f"model        {shape.architecture}, {layers}, vocabulary {shape.vocab_size:,}"
@@ -283,7 +289,7 @@ def mode_lines(job: Job, machine: Machine) -> Iterator[str]:
     for mode in MODES:
         other = dataclasses.replace(job.config, train=dataclasses.replace(train, activation_checkpointing=mode))
         variant = dataclasses.replace(job, config=other)
-        now = estimate(variant, machine, machine.gpus, train.micro_batch)
+        now = estimate(variant, machine, machine.gpus, job.micro_batch)
         largest = largest_that_fits(variant, machine, machine.gpus, share)
         best = f"{largest.micro_batch} ({largest.memory.total / 2**30:.2f} GiB)" if largest else "none"
         yield (
@@ -319,7 +325,7 @@ def table_lines(job: Job, machine: Machine) -> Iterator[str]:
             what = f"global batch {batch}" if batch % gpus else f"dist.replicas {replicas}"
             yield f"{gpus:>5}  not possible: {what}"
             continue
-        step = largest_that_fits(job, machine, gpus, job.config.train.micro_batch)
+        step = largest_that_fits(job, machine, gpus, job.micro_batch)
         if step is None:
             smallest = estimate(job, machine, gpus, 1)
             yield f"{gpus:>5}  does not fit: {smallest.memory.total / 2**30:.2f} GiB with micro-batch 1"

@@ -151,10 +151,10 @@ def _stage_that_read(mixture: Mixture, name: str, sample: int) -> Stage:
 def _read_state(path: Path) -> tuple[Mixture, dict[str, Any]]:
     content = parse_json_object(read_bounded(path), path)
     state = content.get("state") if path.name == TRAINER else content
-    if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict):
+    if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict) or "mixture" not in state:
         raise UserError(f"{path}: holds no mixture and recipe")
     step = content.get("step") if path.name == TRAINER else None
-    return mixture_from_state(state.get("mixture"), str(path), step), state
+    return mixture_from_state(state["mixture"], str(path), step), state
 
 
 if __name__ == "__main__":

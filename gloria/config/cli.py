@@ -7,7 +7,6 @@ or `--flag: what; remedy`, all at once. Imports no torch, so that a recipe is ch
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import textwrap
 import typing
@@ -22,6 +21,7 @@ from gloria.config.schema import (
     default_of,
     flag_name,
     from_mapping,
+    is_section,
     keys,
     leaves,
     members,
@@ -188,12 +188,12 @@ def _locate(cls: type, name: str) -> tuple[list[str], Any]:
             return [*parts, rest], typing.get_args(kind)[1]
         head, _, rest = rest.partition(".")
         parts.append(head.replace("-", "_"))
-        found = keys(kind).get(parts[-1]) if dataclasses.is_dataclass(kind) else None
+        found = keys(kind).get(parts[-1]) if is_section(kind) else None
         if found is None:
             return parts, None
         possible = members(found[1])
         kind = possible[0] if len(possible) == 1 else found[1]
-    return parts, None if dataclasses.is_dataclass(kind) else kind
+    return parts, None if is_section(kind) else kind
 
 
 def _unknown_flag(cls: type, name: str, recipe: bool) -> str:
@@ -243,7 +243,7 @@ def _help_text(cls: type, prog: str, description: str, recipe: bool, default: An
     usage = [
         item.metadata.get("positional") or f"{flag_name(key)} {_PLACEHOLDERS.get(kind, 'VALUE')}"
         for key, (item, kind) in keys(cls).items()
-        if required(item) and not dataclasses.is_dataclass(kind)
+        if required(item) and not is_section(kind)
     ]
     usage += [f"[{CONFIG_FLAG} FILE] [--section.key VALUE ...]" if recipe else "[--flag VALUE ...]"]
     lines = [f"usage: {prog} {' '.join(usage)}", ""]
@@ -263,11 +263,11 @@ def _help_lines(cls: type, prefix: str, *, in_file_only: bool = False) -> list[s
     for key, (item, kind) in keys(cls).items():
         inner, path = members(kind)[0], f"{prefix}{key}"
         origin, arguments = typing.get_origin(inner), typing.get_args(inner)
-        if dataclasses.is_dataclass(inner):
+        if is_section(inner):
             sections += ["", f"[{path}] {_first_line(inner)}"]
             sections += _help_lines(inner, "" if in_file_only else f"{path}.", in_file_only=in_file_only)
             continue
-        if origin is list and dataclasses.is_dataclass(arguments[0]):
+        if origin is list and is_section(arguments[0]):
             sections += ["", f"[[{path}]] {_first_line(arguments[0])} (in the file only)"]
             sections += _help_lines(arguments[0], "", in_file_only=True)
             continue

@@ -148,8 +148,13 @@ def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     found: dict[str, dataclasses.Field] = {}
     for key, (item, kind) in keys(cls).items():
         inner = members(kind)[0]
-        found |= leaves(inner, f"{prefix}{key}.") if dataclasses.is_dataclass(inner) else {prefix + key: item}
+        found |= leaves(inner, f"{prefix}{key}.") if is_section(inner) else {prefix + key: item}
     return found
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type is a dataclass: a section, or a whole recipe."""
+    return dataclasses.is_dataclass(kind)
 
 
 def required(item: dataclasses.Field) -> bool:
@@ -200,7 +205,7 @@ def build(cls: type[C], values: dict[str, Any], prefix: str, report: Report) -> 
         path, value = f"{prefix}{key}", _BAD
         if key in values:
             value = _value(values[key], kind, item.metadata, path, report)
-        elif dataclasses.is_dataclass(kind):
+        elif is_section(kind):
             value = build(kind, {}, f"{path}.", report)
         elif required(item):
             reason = item.metadata.get("help", "")
@@ -222,7 +227,7 @@ def _value(value: Any, kind: Any, metadata: Any, path: str, report: Report) -> A
         return report.add(path, f"must be {type_name(kind)}, not {_brief(value)}; change it")
     kind = possible[0]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         if not isinstance(value, dict):
             return report.add(path, f"must be a section, not {_brief(value)}; write it as [{path}]")
         return build(kind, value, f"{path}.", report)
@@ -299,7 +304,7 @@ def _brief(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if is_section(value):
         return to_mapping(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

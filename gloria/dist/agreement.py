@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -53,14 +53,15 @@ def require_same(process: Process, own: Mapping[str, Any]) -> None:
 
 def on_all_ranks(process: Process, make: Callable[[], Made]) -> Made:
     """What `make` gives on this rank; where it is a UserError on any, every rank ends, and rank 0 says why."""
-    made, problems = None, []
+    made: Made | None = None
+    problems: list[str] = []
     try:
         made = make()
     except UserError as error:
         problems = list(error.problems)
     said = gather({"problems": problems})
     _end_all(process, list(dict.fromkeys(problem for fact in said for problem in fact["problems"])))
-    return made
+    return cast(Made, made)  # a rank without it has ended
 
 
 def require_shared(process: Process, file: Path, text: str) -> None:

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from gloria.errors import UserError
 from gloria.config.cli import option, suggest
+from gloria.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def card_of_cuda_name(cuda_name: str) -> GPU | None:
 
 def read_gpus(text: str) -> tuple[int, GPU]:
     """`8xH100` as a number and a card; a card alone is one of it. `UserError` says what is wrong with it."""
-    count, name = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", text.strip(), re.IGNORECASE).groups()
+    count, name = re.findall(r"^(?:(\d+)\s*x\s*)?(.*)$", text.strip(), re.IGNORECASE)[0]
     known = {card.name.upper(): card for card in CARDS}
     if name.upper() not in known:
         raise UserError(f'unknown card "{name}"; {suggest(name.upper(), known)}')
-    if count is not None and int(count) < 1:
+    if count and int(count) < 1:
         raise UserError(f"{text} is no number of GPUs; give at least 1, as in 1x{known[name.upper()].name}")
     return int(count or 1), known[name.upper()]
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from gloria.dist.gpus import resolve_precision
 from gloria.dist.process import Process, on_any_rank
@@ -86,7 +88,8 @@ def local_gradients(model: nn.Module) -> list[Tensor]:
 
     A parameter that the loss does not depend on (BERT's pooler, under a span head) has none.
     """
-    return [parameter.grad.to_local() for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [cast(DTensor, gradient).to_local() for gradient in gradients]
 
 
 def gradient_square_sum(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
@@ -117,8 +120,9 @@ def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], coefficien
     leaves the step out). RAdam does neither, so there the gradients are scaled first and the host waits for `good`.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale = coefficient.reciprocal()
-        optimizer.found_inf = (~good).to(torch.float32)
+        scaling: Any = optimizer  # the attributes are torch's own, for GradScaler
+        scaling.grad_scale = coefficient.reciprocal()
+        scaling.found_inf = (~good).to(torch.float32)
         optimizer.step()
     elif bool(good):
         torch._foreach_mul_(gradients, coefficient)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gloria.dist.loss_scale import LEAST
 
-# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`decide_update`); then loss and rows
-# by group, and the objective's own sums.
+# Squared gradient norm, the flags summed over ranks, the verdict and the loss scale (`decide_update`); then loss and
+# rows by group, and the objective's own sums.
 _FLAGS, _VERDICT, _SCALE, _FIXED = slice(1, 5), 5, 6, 7
 _NOT_FINITE, _SPIKE, _OVERFLOW = 1.0, 2.0, 3.0  # verdicts; 0: applied
 
-SPIKE_WINDOW = 100  # steps that the running gradient norm looks back, and that must be seen before a step can be a spike
+# Steps that the running gradient norm looks back, and that must be seen before a step can be a spike.
+SPIKE_WINDOW = 100
 
 
 class Flags(NamedTuple):

@@ -66,7 +66,7 @@ class TensorFile:
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous host tensor, of any dtype (numpy knows no bfloat16), as writable bytes."""
     # as_strided: a single row may be contiguous and yet have a stride that view(dtype) refuses.
-    return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def write_tensor_file(
@@ -168,8 +168,8 @@ def _check_header(path: Path, header: dict[str, Any], *, data_start: int, file_s
         pieces[name] = Piece(path, data_start + start, end - start, dtype, first, rows, shape)
     if data_start + filled != file_size:
         raise ValueError(f"{data_start + filled} bytes described, {file_size} there")
-    numbers = (int(metadata[f"gloria.{key}"]) for key in ("step", "rank", "world"))
-    return TensorFile(*numbers, pieces=pieces)
+    step, rank, world = (int(metadata[f"gloria.{key}"]) for key in ("step", "rank", "world"))
+    return TensorFile(step, rank, world, pieces=pieces)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -81,7 +81,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     Decay pulls towards 0, which is no sensible place for a norm's gain, nor for the vector of a rare token
     that has a gradient once in a thousand steps. An empty group is left out.
     """
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 and not _is_embedding(name) else plain).append(parameter)

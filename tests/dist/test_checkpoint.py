@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from gloria.dist import checkpoint
-from gloria.dist import checkpoint_read
+from gloria.dist import checkpoint, checkpoint_read
 from gloria.dist.checkpoint import (
     SaveState,
     begin_save,

@@ -11,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gloria.dist.process import Process
 from gloria.dist.sharding import build_mesh
 from gloria.dist.state import model_state_dict
-from gloria.model.memory import memory_per_rank
 from gloria.model.config import PRESETS, TransformerConfig, parameter_shapes
+from gloria.model.memory import memory_per_rank
 from gloria.optim.optimizers import OptimConfig, build_optimizer
 from gloria.train.pretraining import shard_model
 from tests.world import run_world

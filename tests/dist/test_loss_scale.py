@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gloria.model.attention import attend, attention_masks
-from gloria.dist import loss_scale
-from gloria.dist import sharding
+from gloria.dist import loss_scale, sharding
 from gloria.dist.loss_scale import adjust, new_loss_scale
 from gloria.dist.process import Process
 from gloria.dist.sharding import (
@@ -23,6 +21,7 @@ from gloria.dist.sharding import (
 )
 from gloria.dist.step_sums import Flags, StepSums, decide_update, new_running_norm, overflowed, pack_sums, unpack_sums
 from gloria.errors import UserError
+from gloria.model.attention import attend, attention_masks
 from gloria.model.transformer import initial_value
 from gloria.optim.optimizers import OptimConfig, build_optimizer
 from gloria.train.pretraining import shard_model

@@ -198,8 +198,7 @@ def test_a_disk_away_for_a_while_does_not_end_the_heartbeat(tmp_path: Path, clai
         (None, "{run}: holds no run (no status.json)"),
         (
             b"{",
-            "{file}: is not valid JSON "
-            "(Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+            "{file}: is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
         ),
         (b"{}", "{file}: is not a run's status (KeyError('status'))"),
         (

@@ -20,8 +20,8 @@ from gloria.dist.sharding import (
 )
 from gloria.dist.step_sums import SPIKE_WINDOW, Flags, decide_update, new_running_norm, pack_sums, unpack_sums
 from gloria.errors import UserError
-from gloria.model.transformer import Transformer, initial_value
 from gloria.model.config import TransformerConfig
+from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import OptimConfig, build_optimizer
 from gloria.train.pretraining import shard_model
 from tests.world import run_world
