@@ -56,10 +56,9 @@ def open_rank_log(run_dir: Path, rank: int, world: int) -> None:
     with os_errors("choose another run.dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a rank that is killed leaves all that it has written.
-        log = open(open_plain(path, APPEND), "ab", buffering=0)
-        log.write(
-            f"== {time.strftime('%F %T')} rank {rank} of {world}, {os.uname().nodename}, process {os.getpid()}\n".encode()
-        )
+        log = open(open_plain(path, APPEND), "ab", buffering=0)  # noqa: SIM115 (open for the process's life)
+        begun = f"== {time.strftime('%F %T')} rank {rank} of {world}, {os.uname().nodename}, process {os.getpid()}\n"
+        log.write(begun.encode())
     sys.stdout = Tee(sys.stdout if rank == 0 else None, log, path)
     sys.stderr = Tee(sys.stderr, log, path)
     faulthandler.enable(log)

@@ -73,7 +73,11 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, read
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity, or None. One pass, on the tensors' own device."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+        ):
             return name
     return None
 
