@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
@@ -134,20 +135,30 @@ def child(what: str, flags: list[str]) -> int:
     return 0
 
 
-def _tensors(config, plan) -> dict[str, float]:
+@contextmanager
+def _opened(config, plan):
+    """The run, in a process group of its own, ready for its first step."""
+    from gloria.train.group import process_group
+    from gloria.train.pretraining import open_pretraining
+    from gloria.train.run import close_run
+
+    with process_group(config) as process:
+        run = open_pretraining(config, plan, process)
+        yield run
+        close_run(run, "stopped")
+
+
+def _take_step(run) -> None:
+    from gloria.train.loop import take_step
+
+    take_step(run, run.objective.next_batch(run))
+
+
+def _counted_flops(run) -> int:
+    """Of one more step, as torch counts them."""
     import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    from gloria import pretrain
-    from gloria.model.memory import executed_flops_per_token
-    from gloria.train.config import peak_of_step
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run = pretrain.open_run(config, plan)
-        for _ in range(3):
-            with record_function("step"):
-                pretrain.take_step(run, next(run.loader))
     aten = torch.ops.aten
     # What torch does not count: attention on CPU, and products added in place. The arguments here are shapes.
     attention = {
@@ -158,8 +169,23 @@ def _tensors(config, plan) -> dict[str, float]:
         aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1],
     }
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        pretrain.take_step(run, next(run.loader))
-    pretrain.close_run(run, "stopped")
+        _take_step(run)
+    return counter.get_total_flops()
+
+
+def _tensors(config, plan) -> dict[str, float]:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from gloria.model.memory import executed_flops_per_token
+    from gloria.train.config import peak_of_step
+
+    with ExitStack() as until_counted:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run = until_counted.enter_context(_opened(config, plan))
+            for _ in range(3):
+                with record_function("step"):
+                    _take_step(run)
+        flops = _counted_flops(run)
     train = config.train
     per_token = executed_flops_per_token(plan.shape, train.sequence_length, train.activation_checkpointing)
     return {
@@ -168,7 +194,7 @@ def _tensors(config, plan) -> dict[str, float]:
         ).total,
         "tensors": _peak_of_steps(profiled.profiler.kineto_results.events()),
         "flops": per_token * train.global_batch * train.sequence_length // plan.world,
-        "counted": counter.get_total_flops(),
+        "counted": flops,
     }
 
 
@@ -189,12 +215,9 @@ def _peak_of_steps(events) -> int:
 
 
 def _resident(config, plan) -> dict[str, float]:
-    from gloria import pretrain
-
-    run = pretrain.open_run(config, plan)
-    for _ in range(3):
-        pretrain.take_step(run, next(run.loader))
-    pretrain.close_run(run, "stopped")
+    with _opened(config, plan) as run:
+        for _ in range(3):
+            _take_step(run)
     return {"resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
