@@ -54,7 +54,7 @@ def run_command(
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if asked_to_end():
                 return 2
-            time.sleep(3)
+            time.sleep(10)
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
         return 2

@@ -44,7 +44,7 @@ def test_another_rank_waits_for_rank_0_and_speaks_only_if_it_is_left(monkeypatch
     monkeypatch.setenv("RANK", "1")
     assert run_command(mistaken) == 2
     assert capsys.readouterr().err.startswith("error: a: is wrong")
-    assert slept == [3]
+    assert slept == [10]
     # The launcher has ended rank 0 and told this one to go while it was still importing.
     assert run_command(mistaken, asked_to_end=lambda: "SIGTERM") == 2
     assert capsys.readouterr().err == ""
