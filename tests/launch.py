@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.world import PRELOADED
+from tests.world import PATIENCE, PRELOADED
 
 # A model and a batch small enough for a step in some milliseconds; 12 rows divide by 1, 2, 3 and 4 ranks.
 SMALL = {
@@ -52,7 +52,7 @@ class Launch:
     processes: list[BaseProcess]
     output: Path
 
-    def wait(self, timeout: float = 90) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Exit statuses by rank (negative: the signal that ended it); a rank that does not end is killed and fails."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -93,6 +93,14 @@ def start(arguments: Sequence[str], world: int, folder: Path, prepare: Callable[
     return Launch(processes, output)
 
 
+def wait_until(condition: Callable[[], object], launch: Launch | None = None) -> None:
+    """Look until something has happened, as long as it may take on a busy machine."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"it never came\n{launch.text() if launch else ''}"
+        time.sleep(0.01)
+
+
 def run(arguments: Sequence[str], world: int, folder: Path, prepare: Callable[[], None] | None = None) -> Launch:
     """Start, wait, and require that every rank ends with status 0."""
     launch = start(arguments, world, folder, prepare)
@@ -101,7 +109,7 @@ def run(arguments: Sequence[str], world: int, folder: Path, prepare: Callable[[]
     return launch
 
 
-def wait_for_step(run_dir: Path, step: int, launch: Launch, timeout: float = 60, event: str = "") -> None:
+def wait_for_step(run_dir: Path, step: int, launch: Launch, timeout: float = PATIENCE, event: str = "") -> None:
     """Wait until the run's metrics tell of `step`, or of an event (its checkpoint) at that step or later."""
     kind = "event" if event else "train"
     deadline = time.monotonic() + timeout

@@ -14,6 +14,7 @@ import pytest
 from gloria.errors import INTERRUPTED, PIPE_CLOSED, UserError, run_command
 from tests.conftest import REPOSITORY
 from tests.launch import SMALL, flags
+from tests.world import PATIENCE
 
 
 def mistaken(argv: list[str] | None) -> int:
@@ -71,7 +72,7 @@ def python(*words: str, **environment: str) -> subprocess.Popen[str]:
 def test_a_missing_package_is_one_line_that_says_what_to_do(tmp_path):
     """-S: the interpreter without what is installed, as where .venv is not activated."""
     process = python("-S", "-m", "gloria.pretrain")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (2, "")
     assert err.count("\n") == 1
     assert re.match(r"error: .*python\S* has no package \w+; activate the environment that has gloria's", err), err
@@ -83,7 +84,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
     process = python("-m", "gloria.show", PYTHONPATH=str(tmp_path))
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "interrupted\n")
+    assert process.communicate(timeout=PATIENCE) == ("", "interrupted\n")
     assert process.returncode == INTERRUPTED
 
 
@@ -91,13 +92,13 @@ def test_a_pipe_that_nobody_reads_ends_quietly():
     process = python("-u", "-m", "gloria.pretrain", "--help")
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(60) == PIPE_CLOSED
+    assert process.wait(PATIENCE) == PIPE_CLOSED
 
 
 def test_a_broken_pipe_of_another_kind_is_a_defect_of_ours():
     code = "from gloria.errors import run_command\ndef main(argv): raise BrokenPipeError('a socket')\nrun_command(main)"
     process = python("-c", code)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert "BrokenPipeError: a socket" in err
 
 
@@ -107,7 +108,7 @@ def test_our_torchrun_has_no_report_of_its_own(sample_corpus, tmp_path):
     command = ["-m", "gloria.dist.torchrun", "--standalone", "--nproc_per_node", "2", "-m", "gloria.pretrain"]
     recipe = flags(SMALL, data__corpus=sample_corpus, run__dir=tmp_path / "run", train__steps=100_000)
     process = python(*command, *recipe, "--optim.lr=-1")
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, [line for line in err.splitlines() if line.startswith("error")]) == (
         2,
         ["error: --optim.lr: -1.0 is too small; give more than 0.0"],
@@ -118,7 +119,7 @@ def test_our_torchrun_has_no_report_of_its_own(sample_corpus, tmp_path):
         if line.startswith("started at step"):
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "the same command goes on from here" in out
     assert "Traceback" not in err

@@ -51,7 +51,7 @@ def job(tmp_path):
         }
         command = ["bash", str(copy), *map(str, arguments)]
         env = own | environment
-        return subprocess.run(command, cwd=spool, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=spool, env=env, capture_output=True, text=True)
 
     return run
 
@@ -206,7 +206,7 @@ def test_what_runs_before_the_ranks_needs_no_torch():
     modules = ["checkpoints", "train.config", "train.demo", "train.finetune_config", "dist.interface"]
     code = "".join(f"import gloria.{module}; " for module in modules) + "import sys; "
     code += "print(*sys.modules.keys() & {'torch', 'transformers', 'scipy'})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
@@ -222,7 +222,7 @@ def test_the_status_of_a_run_is_told_without_torch(tmp_path):
         str(tmp_path / "run"),
         "--status",
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 75
     assert done.stdout.startswith("stopped, step 4; launch x, heartbeat ")
     assert not re.search(r"\| +(torch|numpy|transformers)$", done.stderr, re.M)

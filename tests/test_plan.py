@@ -242,4 +242,4 @@ def test_a_plan_needs_no_torch() -> None:
         "import sys, gloria.plan; gloria.plan.main(['--gpus', '8xH100', '--data.corpus', 'nowhere']); "
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

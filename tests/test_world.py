@@ -32,7 +32,7 @@ def die_on_first(rank: int, world: int) -> None:
 
 
 def sleep(rank: int, world: int) -> None:
-    time.sleep(60)
+    time.sleep(10_000)
 
 
 def test_results_come_in_rank_order_and_prints_come_out(capsys):
@@ -48,12 +48,10 @@ def test_the_traceback_of_a_failing_rank_is_told():
 
 
 def test_a_rank_that_dies_is_told():
-    with pytest.raises(WorldError, match="rank 0 of 2: died without a word"):
+    with pytest.raises(WorldError, match="rank 0 of 2: died"):
         run_world(die_on_first, 2)
 
 
 def test_a_hanging_world_is_killed_and_says_where_it_hung():
-    start = time.monotonic()
-    with pytest.raises(WorldError, match=r"(?s)ranks \[0, 1\] gave no answer within 3 s.*in sleep"):
-        run_world(sleep, 2, timeout=3)
-    assert time.monotonic() - start < 15
+    with pytest.raises(WorldError, match=r"(?s)rank \d of 2: died .* busy for 0.5 s.*in sleep"):
+        run_world(sleep, 2, timeout=0.5)

@@ -23,18 +23,20 @@ from typing import Any
 
 # Loaded once in the fork server; none of them starts a thread, which a fork would lose.
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
+# Seconds after which nothing will come any more, on any machine; less than pytest's own limit, which says less.
+PATIENCE = 300
 
 
 class WorldError(AssertionError):
     """A rank raised, died or was too slow; the message holds its traceback and what the ranks printed."""
 
 
-def run_world(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_world(function: Callable[..., Any], world: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:
     """Call `function(rank, world, *args)` in `world` processes and give their results in rank order.
 
     The process group (gloo) is up when the function is called and is ended after a barrier. The function must
-    live at the top of a module; arguments and results travel pickled. When one rank raises or dies, or
-    `timeout` seconds are over, the others are killed and `WorldError` tells why.
+    live at the top of a module; arguments and results travel pickled. When one rank raises, dies, or works longer than
+    `timeout` seconds (its start does not count), the others are killed and `WorldError` says why.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the fork server when it starts
     context = multiprocessing.get_context("forkserver")
@@ -51,11 +53,10 @@ def run_world(function: Callable[..., Any], world: int, *args: Any, timeout: flo
             pipes.append(receiver)
             processes.append(process)
         try:
-            answers, problem = _collect(pipes, time.monotonic() + timeout, timeout)
+            answers, problem = _collect(pipes, timeout)
         finally:
             for process in processes:
-                process.join(timeout=0 if process.exitcode is None and problem else 10)
-                process.kill()
+                process.kill()  # a rank has ended, or its peers will never come
                 process.join()
         printed = "".join(_read(Path(folder, f"rank-{rank}.out")) for rank in range(world))
         sys.stdout.write(printed)
@@ -64,8 +65,9 @@ def run_world(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     return answers
 
 
-def _collect(pipes: list[Any], deadline: float, timeout: float) -> tuple[list[Any], str]:
-    """Wait for every rank's answer; the first bad one, or the deadline, ends the waiting with a problem."""
+def _collect(pipes: list[Any], timeout: float) -> tuple[list[Any], str]:
+    """Wait for every rank's answer; the first bad one ends the waiting with a problem."""
+    deadline = time.monotonic() + PATIENCE + timeout  # ranks end themselves; this is for one that cannot
     answers: list[Any] = [None] * len(pipes)
     waiting = dict(zip(pipes, range(len(pipes))))
     problem = ""
@@ -74,13 +76,16 @@ def _collect(pipes: list[Any], deadline: float, timeout: float) -> tuple[list[An
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             silent = sorted(waiting.values())
-            return answers, problem or f"ranks {silent} gave no answer within {timeout:g} s"
+            return answers, problem or f"ranks {silent} neither answered nor ended"
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
                 good, answer = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                good, answer = False, "died without a word (killed, or ended by os._exit)"
+                good, answer = (
+                    False,
+                    f"died (killed, ended by os._exit, or busy for {timeout:g} s: then its stack is below)",
+                )
             if good:
                 answers[rank] = answer
             else:
@@ -96,7 +101,6 @@ def _rank_main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(0.5, timeout - 2))  # where a rank hangs is in its output
 
     import torch
     import torch.distributed as dist
@@ -108,12 +112,15 @@ def _rank_main(
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=PATIENCE),
         )
+        dist.barrier()  # the work's time begins when all are there
+        faulthandler.dump_traceback_later(timeout, exit=True)
         answer = (True, function(rank, world, *args))
         dist.barrier()
         dist.destroy_process_group()
         message = pickle.dumps(answer)
+        faulthandler.cancel_dump_traceback_later()
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))
     sys.stdout.flush()

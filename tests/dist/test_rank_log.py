@@ -23,7 +23,7 @@ sys.exit("the end") if len(sys.argv) == 4 else __import__("os").abort()
 def start(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=root)
 
 
 def test_rank_0_is_on_the_console_and_in_its_log(tmp_path):

@@ -13,9 +13,8 @@ import pytest
 from gloria.dist import run_lock as status
 from gloria.dist.run_lock import RunLock, lock_run, read_status, release_run, write_status
 from gloria.errors import UserError
+from tests.launch import wait_until
 from tests.world import WorldError, run_world
-
-QUICK = {"beat_seconds": 0.05, "stale_seconds": 0.6}
 
 
 @pytest.fixture
@@ -36,19 +35,13 @@ def forge_lock(run_dir: Path, *, age: float = 0.0, **values) -> Path:
     return lock
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
-        time.sleep(0.02)
-
-
 def test_a_run_tells_how_it_stands_and_lets_go_of_the_lock(tmp_path: Path):
     claim = lock_run(tmp_path / "run", "first")
+    before = time.time()
     write_status(claim, "running", 7)
     seen = read_status(tmp_path / "run")
     assert (seen.status, seen.step, seen.launch, seen.alive) == ("running", 7, "first", True)
-    assert abs(seen.heartbeat - time.time()) < 5
+    assert before <= seen.heartbeat <= time.time()
     write_status(claim, "stopped", 9, "SIGUSR1")
     release_run(claim)
     assert os.listdir(tmp_path / "run") == ["status.json"]
@@ -78,10 +71,10 @@ def test_a_launch_that_died_on_this_machine_is_taken_over_at_once(tmp_path: Path
     assert read_status(tmp_path).status == "running"
     assert not read_status(tmp_path).alive
     capsys.readouterr()
-    start = time.monotonic()
     claims.append(lock_run(tmp_path, "next"))
-    assert time.monotonic() - start < 5
-    assert capsys.readouterr().err == (
+    printed = capsys.readouterr()
+    assert printed.out == "", "it does not wait for a heartbeat"
+    assert printed.err == (
         f"warning: {tmp_path}: launch dead on {os.uname().nodename} died without a word; its run is taken over\n"
     )
     assert json.loads((tmp_path / "lock").read_text())["launch"] == "next"
@@ -101,11 +94,12 @@ def test_another_machines_lock_without_a_heartbeat_is_taken_over(tmp_path: Path,
     assert seen.err == f"warning: {tmp_path}: launch other on node7 died without a word; its run is taken over\n"
 
 
-def test_another_machines_fresh_lock_is_watched_until_it_is_stale(tmp_path: Path, claims, capsys):
+def test_another_machines_fresh_lock_is_watched_until_it_is_stale(tmp_path: Path, claims, monkeypatch, capsys):
     forge_lock(tmp_path, machine="node7", host="node7")
-    start = time.monotonic()
-    claims.append(lock_run(tmp_path, "next", **QUICK))
-    assert 0.4 < time.monotonic() - start < 10
+    ages = iter([0.0, 0.0, 0.05, 0.11])
+    monkeypatch.setattr(status, "_age", lambda *_: next(ages))
+    claims.append(lock_run(tmp_path, "next", stale_seconds=0.1))
+    assert list(ages) == []
     assert capsys.readouterr().out == (f"{tmp_path}: held by launch other on node7; waiting for its heartbeat\n")
 
 
@@ -113,7 +107,7 @@ def test_another_machines_lock_that_beats_is_live(tmp_path: Path, claims, monkey
     claims.append(lock_run(tmp_path, "first", beat_seconds=0.1))
     monkeypatch.setattr(status, "_machine", lambda: "node8")  # as the second launch sees it
     with pytest.raises(UserError, match="launch first is running there"):
-        lock_run(tmp_path, "second", stale_seconds=5)
+        lock_run(tmp_path, "second", stale_seconds=100)
 
 
 def test_a_lock_that_cannot_be_read_is_judged_by_its_age(tmp_path: Path, claims):

@@ -25,6 +25,7 @@ from gloria.dist.run_lock import read_status
 from gloria.pretrain import main
 from tests import launch
 from tests.launch import SMALL, flags, losses, metrics
+from tests.world import PATIENCE
 
 CONSTANT = {"schedule.kind": "constant", "schedule.min_ratio": 0.0, "schedule.warmup_steps": 0}
 
@@ -100,11 +101,11 @@ def test_a_spike_is_left_out_and_judged_alike_after_a_resume(recipe, tmp_path, m
 
 def test_a_sleeping_rank_is_named_and_ends_when_it_wakes(recipe, tmp_path):
     folder = tmp_path / "run"
-    options = flags(recipe, train__steps=100000, checkpoint__every=100000, dist__step_timeout_minutes=0.06)
+    options = flags(recipe, train__steps=100000, checkpoint__every=100000, dist__step_timeout_minutes=0.1)
     under_way = launch.start(options, 2, tmp_path)
     launch.wait_for_step(folder, 5, under_way)
     under_way.signal(signal.SIGSTOP, rank=1)
-    under_way.processes[0].join(90)
+    under_way.processes[0].join(PATIENCE)
     assert under_way.processes[0].exitcode == 1, under_way.text()
     status = read_status(folder)
     assert (status.status, status.alive) == ("failed", False)
@@ -125,6 +126,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_from_its_chec
     options = flags(recipe, train__steps=5000)
     under_way = launch.start(options, 2, tmp_path)
     launch.wait_for_step(tmp_path / "run", 9, under_way)
+    launch.wait_for_step(tmp_path / "run", 8, under_way, event="checkpoint")
     os.kill(under_way.processes[1].pid, signal.SIGKILL)
     assert under_way.wait() == [1, -signal.SIGKILL], under_way.text()
     status = read_status(tmp_path / "run")

@@ -23,6 +23,7 @@ from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_full_
 from gloria.dist.run_lock import read_status
 from tests import launch
 from tests.launch import SMALL, flags, losses, metrics
+from tests.world import PATIENCE
 
 RANK_1, RANK_0 = "1", "0"
 
@@ -58,15 +59,23 @@ def in_the_second_validation() -> None:
 
 
 def while_a_background_save_is_written() -> None:
-    honest = gloria.dist.checkpoint.write_tensor_file
+    """The steps behind it wait for the signal, however late the saving thread gets a core."""
+    honest, honest_step, sent = gloria.dist.checkpoint.write_tensor_file, gloria.train.loop.forward_backward, []
 
     def write_tensor_file(*args: Any, **kwargs: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             send(signal.SIGUSR2, RANK_1)
+            sent.append(1)
             time.sleep(0.1)
         return honest(*args, **kwargs)
 
+    def forward_backward(run: Any, batch: Any) -> torch.Tensor:
+        if run.step == 9:
+            launch.wait_until(lambda: sent)
+        return honest_step(run, batch)
+
     gloria.dist.checkpoint.write_tensor_file = write_tensor_file
+    gloria.train.loop.forward_backward = forward_backward
 
 
 def in_a_step() -> None:
@@ -124,22 +133,22 @@ def test_the_time_of_a_launch_is_over(recipe, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once(recipe, tmp_path):
     options = flags(recipe, train__steps=5000, checkpoint__every=5000, run__dir=tmp_path / "run")
-    under_way = launch.start(options, 1, tmp_path, prepare=_slow_steps)
-    launch.wait_for_step(tmp_path / "run", 1, under_way)
+    under_way = launch.start(options, 1, tmp_path, prepare=_endless_step)
+    launch.wait_until(lambda: "in the endless step" in under_way.text(), under_way)
     under_way.signal(signal.SIGINT, rank=0)
-    time.sleep(0.1)
+    launch.wait_until(lambda: "SIGINT: the run saves and stops after this step" in under_way.text(), under_way)
     under_way.signal(signal.SIGINT, rank=0)
     assert under_way.wait() == [-signal.SIGINT]
-    assert "SIGINT: the run saves and stops after this step" in under_way.text()
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 
 
-def _slow_steps() -> None:
+def _endless_step() -> None:
     honest = gloria.train.loop.forward_backward
 
     def forward_backward(run: Any, batch: Any) -> torch.Tensor:
-        if run.step >= 3:
-            time.sleep(60)
+        if run.step == 3:
+            print("in the endless step", flush=True)
+            time.sleep(10_000)
         return honest(run, batch)
 
     gloria.train.loop.forward_backward = forward_backward
@@ -175,9 +184,9 @@ def test_torchrun_hands_its_signal_on(recipe, tmp_path, repository):
             [*command, "-m", "gloria.pretrain", *options], cwd=repository, stdout=output, stderr=output
         )
         under_way = launch.Launch([], tmp_path / "output")
-        launch.wait_for_step(folder, 3, under_way, timeout=120)
+        launch.wait_for_step(folder, 3, under_way)
         process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        process.wait(PATIENCE)
     status = read_status(folder)
     assert (status.status, status.reason) == ("stopped", "SIGTERM"), under_way.text()
     assert open_reader(find_checkpoint(folder)).step == status.step >= 3

@@ -25,7 +25,6 @@ def torchrun(arguments: list[str], folder: Path, repository: Path, ranks: int = 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
     )
 
 

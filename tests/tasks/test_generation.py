@@ -37,7 +37,7 @@ PLAIN, PENALTY = Settings(9), Settings(5, repetition_penalty=2.0)
 
 @pytest.fixture(scope="module")
 def process():
-    found = start_process_group("cpu", timeout_minutes=1)
+    found = start_process_group("cpu", timeout_minutes=5)
     yield found
     stop_process_group()
 

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,16 +234,15 @@ def test_a_step_taken_again_on_another_way_is_another_checkpoint(run, data, trai
 
 
 def test_it_waits_for_a_run_to_begin_to_go_on_and_to_end(trained, data, tmp_path, capsys):
-    run, patience = tmp_path / "run", 60.0
-    out = ""
+    run, out = tmp_path / "run", ""
 
     def told(text: str) -> None:
-        nonlocal out
-        deadline = time.monotonic() + patience
-        while text not in out:
-            assert time.monotonic() < deadline, f"{text}: never said\n{out}"
-            time.sleep(0.01)
+        def seen() -> bool:
+            nonlocal out
             out += capsys.readouterr().out
+            return text in out
+
+        launch.wait_until(seen)
 
     def play() -> None:
         told(f"{run}: no run is there yet; waiting for it to begin\n")
@@ -328,10 +326,7 @@ def test_a_signal_ends_the_waiting_and_the_next_watch_goes_on(run, data, monkeyp
 
 def _signal_once(path: Path, lines: int) -> None:
     """SIGUSR1 to this process once a file has so many lines."""
-    deadline = time.monotonic() + 60
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    launch.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= lines)
     os.kill(os.getpid(), signal.SIGUSR1)
 
 

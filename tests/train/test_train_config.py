@@ -324,7 +324,6 @@ def test_without_an_argument_it_is_the_demo_and_no_torch_is_needed(folder: Path)
         env={"PYTHONPATH": str(DEMO.parent.parent)},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 

@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
@@ -35,6 +34,7 @@ from gloria.data.shards import map_tokens, read_index
 from gloria.data.tokenizer import TextTokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from gloria.errors import UserError
 from gloria.files import partial_folder
+from tests.launch import wait_until
 
 WORDS = """
 a o de que e do da em um para com não uma os no se na por mais as dos como mas ao ele das à seu sua ou
@@ -247,21 +247,11 @@ def start_and_wait(tmp_path: Path, tokenizer: str) -> tuple[subprocess.Popen[str
         write_lines(tmp_path / name / "a.jsonl", make_texts(name, 6000, 100))
     recipe = write_recipe(tmp_path, ["um", "dois"], tokenizer)
     process = start(recipe, tmp_path / "out")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.partial-*/tokens/*.tokens")):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: list(tmp_path.glob("out.partial-*/tokens/*.tokens")) or process.poll() is not None)
+    assert process.poll() is None, "it ended before it could be killed"
     workers = children_of(process.pid)
     assert len(workers) >= 2
     return process, workers, recipe
-
-
-def wait_for_end(workers: list[int]) -> None:
-    deadline = time.monotonic() + 60
-    while any(map(is_running, workers)):
-        assert time.monotonic() < deadline, "workers outlived their parent"
-        time.sleep(0.01)
 
 
 def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None:
@@ -272,7 +262,7 @@ def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None
     assert not out.exists()
     (partial,) = tmp_path.glob("out.partial-*")
     assert not list(partial.rglob("manifest.json"))
-    wait_for_end(workers)
+    wait_until(lambda: not any(map(is_running, workers)))
     with pytest.raises(UserError, match=r"no such folder, only an unfinished out\.partial-"):
         open_corpus(out)
     # Several at once: one makes it, the others end in a line.
@@ -301,7 +291,7 @@ def test_a_stop_signal_leaves_nothing_and_says_so(
     assert error.endswith(line)
     assert "Traceback" not in error
     assert not list(tmp_path.glob("*out*"))
-    wait_for_end(workers)
+    wait_until(lambda: not any(map(is_running, workers)))
 
 
 def children_of(parent: int) -> list[int]:
