@@ -62,10 +62,10 @@ def bench(folder: Path, text: Path | None, vocab_size: int) -> None:
         work.mkdir()
         config = read_recipe(str(folder / "recipe.toml"))
         start = processor_seconds()
-        _, effort = make_corpus(config, find_files(config, "recipe.toml"), "recipe.toml", work, workers)
+        _, stats = make_corpus(config, find_files(config, "recipe.toml"), "recipe.toml", work, workers)
         rate = size / 1e6 / (processor_seconds() - start)
         print(f"prepare, {workers} workers: {rate:.2f} MB/s a core, {rate / bare:.0%} of the bare tokenizer's speed")
-        print(f"    by the clock: {effort}")
+        print(f"    by the clock: {stats}")
 
 
 def processor_seconds() -> float:

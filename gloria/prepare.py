@@ -1,9 +1,10 @@
 """From raw text to a corpus of token shards: python -m gloria.prepare RECIPE.toml
 
 The documents of all sources are spread over buckets by the hash of their text (pass 1), each bucket is
-deduplicated, split and tokenised (pass 2), and the buckets' tokens are laid out as shards (pass 3). The
+deduplicated, split and tokenised (pass 2), and the buckets' tokens are written as shards (pass 3). The
 corpus is the same to the last byte for any number of workers, any order of the files and any cutting of the
-documents into files. It is made beside its place and renamed when whole.
+documents into files. It is made in a folder beside and renamed when whole. At the end
+the command prints the documents read, dropped by reason and kept of each source.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def make(recipe: Recipe, where: str, out: Path, workers: int, *, replace: bool) 
             raise UserError(f"{out}: another launch has just made it; run this again to check it, or --force")
         require_disk(files, out)
         try:
-            manifest, effort = make_corpus(recipe, files, where, work, workers)
+            manifest, stats = make_corpus(recipe, files, where, work, workers)
             write_manifest(work / "corpus", manifest)
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -87,7 +88,7 @@ def make(recipe: Recipe, where: str, out: Path, workers: int, *, replace: bool) 
             raise UserError(f"{out}: the disk got full; free some, or give another --out") from None
         open_corpus(work / "corpus", verify=True)
         publish(work / "corpus", out, replace=replace)
-    print(f"{out}: made from {effort}")
+    print(f"{out}: made from {stats}")
     return manifest
 
 

@@ -43,13 +43,13 @@ class TextRules:
 
 
 def locate_filter(spec: str, folder: Path) -> str:
-    """The user's filter with its file below `folder` (where the recipe lies) as an absolute path."""
+    """The user's filter with its file below `folder` (the recipe's) as an absolute path."""
     file, _, function = spec.rpartition(":")
     return f"{(folder / file).absolute()}:{function}"
 
 
 def filter_identity(located: str) -> str:
-    """What a filter is, wherever its file lies: the function's name and the file's hash."""
+    """What a filter is, wherever its file is: the function's name and the file's hash."""
     file, _, function = located.rpartition(":")
     return f"{function} in {xxhash.xxh3_128_hexdigest(Path(file).read_bytes())}"
 

@@ -31,13 +31,14 @@ from gloria.data.prepare.buckets import (
 )
 from gloria.data.prepare.inputs import differences, read_states, shorten, write_states
 from gloria.data.prepare.overlap import near_duplicates
-from gloria.data.prepare.recipe import Recipe, SourceFile, to_record, tokenizer_place
+from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceFile, to_record, tokenizer_place
 from gloria.data.prepare.report import NEAR, heading, in_order
 from gloria.data.prepare.scatter import RECORD, Frame, long_documents, read_sources
 from gloria.data.prepare.split import Split, candidates, most_bytes, validation_bound
+from gloria.data.prepare.text import clean
 from gloria.data.prepare.workers import Workers
 from gloria.data.tokenizer import TextTokenizer, import_tokenizer, train_tokenizer
-from gloria.errors import UserError
+from gloria.errors import UserError, warn
 from gloria.files import size_text
 
 MOST_FRESH = 1 << 20  # candidates for validation that wait to be chosen from
@@ -75,6 +76,7 @@ def make_corpus(
             states = read_states(files, where, pool)
             if recipe.tokenizer.path:
                 tokenizer = import_tokenizer(tokenizer_place(recipe, where), folder / TOKENIZER)
+                warn_of_lossy(recipe, tokenizer)
             counts, frames = read_sources(recipe, files, work, str(folder / TOKENIZER), pool)
             if changed := differences(states, files, where):
                 raise UserError(f"{shorten(changed)} while it was read; start again when the files are complete")
@@ -92,6 +94,15 @@ def make_corpus(
     stats = PrepareStats(int(size.sum()), time.perf_counter() - start - trained, encoding, workers)
     values = {key: getattr(tokenizer, key) for key in ("fingerprint", "vocab_size", "eos_id", "pad_id")}
     return Manifest(FORMAT, values, sources, to_record(recipe)), stats
+
+
+def warn_of_lossy(recipe: Recipe, tokenizer: TextTokenizer) -> None:
+    """Warn where a document can be tokens in one source and text in another without being found to be equal."""
+    probe = "Ação, «Ébano»: 12\n  dois"
+    if len({source.format == MEGATRON for source in recipe.source}) > 1 and (
+        clean(tokenizer.decode(tokenizer.encode(probe))) != probe
+    ):
+        warn("tokenizer: changes texts, so equal documents in token shards and in text sources may not be found")
 
 
 def _why_died(work: Path, workers: int) -> str:

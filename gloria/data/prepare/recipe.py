@@ -80,7 +80,7 @@ def read_recipe(path: str) -> Recipe:
     sources = []
     for number, source in enumerate(recipe.source):
         place = f"{path}: source[{number}]"
-        # Folders of some file systems don't tell capital letters from small ones.
+        # Folders of some file systems don't distinguish capital letters from small ones.
         seen[source.name.lower()] += 1
         if not _NAME.fullmatch(source.name):
             problems.append(

@@ -44,12 +44,12 @@ def report(manifest: Manifest, budget_tokens: int | None = None) -> list[str]:
     if budget_tokens is not None:
         headings += ["epochs", f"weight for {MOST_EPOCHS:g} epochs"]
         tokens = {source.name: source.train.tokens for source in sources}
-        mended = weights_within({source.name: source.weight for source in sources}, tokens, budget_tokens)
+        lowered = weights_within({source.name: source.weight for source in sources}, tokens, budget_tokens)
         for row, source in zip(rows, sources):
             epochs = budget_tokens * source.weight / total / max(source.train.tokens, 1)
-            is_lower = mended is not None and mended[source.name] < source.weight
-            row += [f"{epochs:.2f}", _down(mended[source.name]) if is_lower else ""]
-        if mended is None:
+            is_lower = lowered is not None and lowered[source.name] < source.weight
+            row += [f"{epochs:.2f}", _down(lowered[source.name]) if is_lower else ""]
+        if lowered is None:
             most = int(MOST_EPOCHS * sum(source.train.tokens for source in sources if source.weight))
             what = f"{budget_tokens:,} tokens are more than {MOST_EPOCHS:g} epochs of all, {most:,}"
             lines = [f"no weights keep every source at {MOST_EPOCHS:g} epochs: {what}"]

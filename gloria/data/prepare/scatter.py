@@ -84,7 +84,7 @@ class ScatterTask:
 
 @dataclass
 class PieceCounts:
-    """What became of a piece's documents, and the first malformed ones as (line, problem)."""
+    """A piece's documents by what became of them, and the first malformed ones as (line, problem)."""
 
     piece: Piece
     counts: Counter[str] = field(default_factory=Counter)
@@ -163,7 +163,7 @@ def report_malformed(recipe: Recipe, counts: Sequence[Counter[str]], results: Se
             shown = [place for _, first in places.values() for place in first]
             problems.append(
                 f'source "{source.name}": {bad:,} of {read:,} documents are malformed, over max_malformed = '
-                f"{recipe.max_malformed:g}: {_some(shown, bad)}; mend them or raise it"
+                f"{recipe.max_malformed:g}: {_some(shown, bad)}; correct them or raise it"
             )
     if problems:
         raise UserError(*problems)
@@ -309,7 +309,7 @@ def read_kept(frames: Sequence[Frame]) -> tuple[np.ndarray, list[bytes]]:
 
 
 def cut_texts(data: bytes, sizes: np.ndarray) -> list[bytes]:
-    """Texts of the given sizes (bytes) that lie one after the other in `data`."""
+    """Texts of the given sizes (bytes) that follow one another in `data`."""
     ends = np.cumsum(sizes)
     return [data[start:end] for start, end in zip((ends - sizes).tolist(), ends.tolist())]
 

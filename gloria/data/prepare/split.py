@@ -21,12 +21,12 @@ class Split:
     """Which documents are for validation, by source."""
 
     most: np.ndarray  # int64 (sources,), bytes; longer documents are always for training
-    bounds: np.ndarray  # uint64 (sources,), split-hashes below are for validation
+    bounds: np.ndarray  # uint64 (sources,), split-hashes up to it are for validation
 
     def is_valid(self, records: np.ndarray) -> np.ndarray:
         """Whether each document is for validation, bool (documents,), from its hash, size and source."""
         source = records["source"]
-        return (records["low"] < self.bounds[source]) & (records["size"] <= self.most[source])
+        return (records["low"] <= self.bounds[source]) & (records["size"] <= self.most[source])
 
 
 def most_bytes(total: np.ndarray) -> np.ndarray:
@@ -50,11 +50,11 @@ def candidates(source: np.ndarray, split_hash: np.ndarray, size: np.ndarray, mos
 
 
 def validation_bound(split_hash: np.ndarray, size: np.ndarray, total: int) -> int:
-    """The bound below which a split-hash means validation, for one source of `total` bytes.
+    """The highest split-hash that means validation, for one source of `total` bytes.
 
     `split_hash` and `size` (bytes) are its candidates in ascending order. The smallest go to validation until
     they are 1 % or 64 KB of text, whichever is more, and never more than 10 % or 8 MB: a document that is more by
-    itself is passed over. A source that has only such documents keeps them all for training: the bound is 0.
+    itself is passed over. A source that has only such documents (no candidates) keeps them all for training.
     """
     if len(size) == 0:
         return 0
@@ -62,4 +62,4 @@ def validation_bound(split_hash: np.ndarray, size: np.ndarray, total: int) -> in
     goal = min(max(total * SHARE, LEAST_BYTES), most)
     reached = np.cumsum(size.astype(np.int64))
     count = min(np.searchsorted(reached, goal) + 1, np.searchsorted(reached, most, side="right"))
-    return min(int(split_hash[count - 1]) + 1, 2**64 - 1)
+    return int(split_hash[count - 1])

@@ -1,7 +1,7 @@
 """Documents out of raw files of every format we read, and the cleaning each text gets before it is hashed.
 
 A file is JSON lines (one object a line), plain text or Parquet, the first two also compressed with gzip or
-Zstandard. What is wrong with one line is told with its number and reading goes on; what is wrong with the
+Zstandard. What is wrong with one line is reported with its number and reading goes on; what is wrong with the
 whole file (cut short, not what its name says) is a `UserError` that names it.
 """
 
@@ -58,7 +58,7 @@ class Document(NamedTuple):
 
 
 def format_of(path: str) -> str | None:
-    """The format that a file's name tells, None where the name tells none."""
+    """The format that a file's name stands for, None where it stands for none."""
     name = os.path.basename(path).lower()
     found = [suffix for suffix in SUFFIXES if name.endswith(suffix)]
     return SUFFIXES[max(found, key=len)] if found else None

@@ -100,7 +100,9 @@ def test_adopted_shards_keep_every_document(
 
 
 @pytest.mark.parametrize("order", [("web", "news.jsonl"), ("news.jsonl", "web"), ("web", "more", "news.jsonl")])
-def test_no_document_is_in_validation_here_and_in_training_there(tmp_path: Path, order: tuple[str, ...]) -> None:
+def test_no_document_is_in_validation_here_and_in_training_there(
+    tmp_path: Path, order: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The first source keeps what several hold, be it tokens or text."""
     documents = random_documents(100)
     texts = [text_of(document) for document in documents]
@@ -116,6 +118,7 @@ def test_no_document_is_in_validation_here_and_in_training_there(tmp_path: Path,
         3: [0, 50, 40],
     }[len(order)]
     assert all(valid for _, valid, _ in splits.values())
+    assert "warning: tokenizer: changes texts, so equal documents in token" in capsys.readouterr().err
 
 
 def test_a_text_gives_the_same_split_as_its_tokens(tmp_path: Path) -> None:

@@ -334,6 +334,20 @@ def test_out_of_memory_names_the_longest_documents(
         )
 
 
+def test_a_long_document_without_a_space_to_cut_it_at_is_named(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gloria.data.prepare.buckets.PIECE_CHARS", 100)
+    monkeypatch.setattr("gloria.data.tokenizer.PIECE_CHARS", 100)
+    write_lines(tmp_path / "um" / "a.jsonl", [*make_texts("um", 3), "mar " * 1000, "rio" * 1000])
+    run(write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "cut up" in line]
+    assert line == (
+        f'warning: the document of 3,000 characters that begins "{"rio" * 20}" can\'t be cut up to be tokenised '
+        "(it has no single space between words): this takes about 0.0 GB of memory"
+    )
+
+
 def test_a_worker_that_dies_is_an_error_and_not_a_wait() -> None:
     with Workers(2) as pool, pytest.raises(BrokenProcessPool):
         list(pool.map(os._exit, [3, 3], "tokenising"))

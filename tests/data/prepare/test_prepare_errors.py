@@ -136,19 +136,19 @@ BAD_DATA = {
         {"um/a.jsonl": GOOD + '{"txt": 1}\n' + OTHER, "um/b.jsonl": "[]\n\nnada\n" + GOOD + b"\xff".decode("latin-1")},
         'source "um": 4 of 7 documents are malformed, over max_malformed = 0.001: '
         'FOLDER/um/a.jsonl:2 (no field "text"), '
-        "FOLDER/um/b.jsonl:1 (not a JSON object), FOLDER/um/b.jsonl:3 (not JSON), ...; mend them or raise it",
+        "FOLDER/um/b.jsonl:1 (not a JSON object), FOLDER/um/b.jsonl:3 (not JSON), ...; correct them or raise it",
     ),
     "half a surrogate pair": (
         source(),
         {"um/a.jsonl": GOOD + '{"text": "a \\ud83d b"}\n'},
         'source "um": 1 of 2 documents are malformed, over max_malformed = 0.001: '
-        "FOLDER/um/a.jsonl:2 (half a surrogate pair); mend them or raise it",
+        "FOLDER/um/a.jsonl:2 (half a surrogate pair); correct them or raise it",
     ),
     "a text in Latin-1": (
         source(),
         {"um/a.txt": "coração".encode("latin-1"), "um/b.txt": TEXT},
         'source "um": 1 of 2 documents are malformed, over max_malformed = 0.001: '
-        "FOLDER/um/a.txt:1 (not UTF-8); mend them or raise it",
+        "FOLDER/um/a.txt:1 (not UTF-8); correct them or raise it",
     ),
     "a source without documents": (
         source(),
