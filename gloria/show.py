@@ -36,7 +36,7 @@ class ShowOptions:
 
     run: Path = option(help="the run's folder")
     step: int = option(help="which step, counted from 0", minimum=0)
-    world: int = option(1, "ranks that the rows are dealt out to", minimum=1)
+    world: int = option(1, "ranks among which the rows are divided", minimum=1)
     text: bool = option(False, "with the text of each window, from the run's corpus")
 
 

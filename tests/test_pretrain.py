@@ -109,7 +109,7 @@ def test_resuming_with_another_seed_or_sequence_length_is_refused_by_name(recipe
     assert main(flags(recipe)) == 0
     assert run_command(main, flags(recipe, run__seed=9, train__sequence_length=16)) == 2
     assert error_lines(capsys) == [
-        "error: --run.seed: the run was begun with 1, not 9; set 1, or begin another run",
+        "error: --run.seed: the run began with 1, not 9; set 1, or begin another run",
         "error: --train.sequence_length: the run's windows are of 32, not 16; set 32, or begin each source's next "
         "epoch with --data.new-epoch",
     ]

@@ -185,7 +185,7 @@ def test_what_is_asked_for_wrongly(tmp_path: Path, corpus_folder: Path, capsys) 
     [
         ("{", "is not valid JSON"),
         ('{"mixture": 3}', "holds no mixture and recipe; passed over"),
-        ('{"mixture": 3, "recipe": {}}', "is no JSON object; go on from an older checkpoint; passed over"),
+        ('{"mixture": 3, "recipe": {}}', "is not a JSON object; continue from an older checkpoint; passed over"),
     ],
 )
 def test_a_damaged_state_is_told(tmp_path: Path, capsys, content: str, line: str) -> None:

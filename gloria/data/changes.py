@@ -1,9 +1,8 @@
-"""What is otherwise when a run goes on: which changes are permitted, and the lines that tell the user of them."""
+"""What has changed when a run continues: which changes are permitted, and the lines that report them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import zip_longest
 
 from gloria.data.mixture_state import ALGORITHM, MixtureState
@@ -12,15 +11,6 @@ from gloria.data.weights import Source
 from gloria.errors import UserError
 
 EACH = "or begin each source's next epoch with"
-
-
-@dataclass(frozen=True)
-class Unread:
-    """The rest of an epoch, which is left out if a source's windows become others."""
-
-    epoch: int
-    windows: int
-    tokens: int
 
 
 def redefined_sources(
@@ -41,9 +31,7 @@ def redefined_sources(
     used = {name: size for name, quota, size in zip(stage.names, stage.quotas, stage.windows) if quota}
     changed = [name for name in old.sources if name in sources and sources[name].fingerprint != old.sources[name]]
     if past.seed != seed:
-        problems.append(
-            f"run.seed: the run was begun with {past.seed}, not {seed}; set {past.seed}, or begin another run"
-        )
+        problems.append(f"run.seed: the run began with {past.seed}, not {seed}; set {past.seed}, or begin another run")
     if old.sequence_length != sequence_length and not new_epoch:
         problems.append(
             f"train.sequence_length: the run's windows are of {old.sequence_length}, not {sequence_length}; "
@@ -62,14 +50,14 @@ def redefined_sources(
             for name in changed
         ]
         problems += [
-            f'data.corpus: source "{name}" of the run is not there; put it back, or go on without it with '
+            f'data.corpus: source "{name}" of the run is not there; put it back, or continue without it with '
             f"--data.allow-change"
             for name in used
             if name not in sources
         ]
     problems += [
-        f'mixture state: has {size} windows of source "{name}", whose shards hold {now}; it is damaged, go on from an '
-        "older checkpoint"
+        f'mixture state: has {size} windows of source "{name}", whose shards hold {now}; it is damaged, '
+        "continue from an older checkpoint"
         for name, size in used.items()
         if name in sources and name not in changed and (now := sources[name].windows(old.sequence_length)) != size
     ]
@@ -78,41 +66,35 @@ def redefined_sources(
     return list(old.sources) if whole else changed
 
 
-def unread_windows(seed: int, stage: Stage, sample: int) -> dict[str, Unread]:
-    """What a source whose windows became others at `sample` of `stage` would leave unread of its epoch, if anything."""
-    facts = {}
-    for name, ordinal, size in zip(stage.names, ordinals_at(seed, stage, sample), stage.windows):
-        if left := -ordinal % size:
-            facts[name] = Unread(ordinal // size, left, left * stage.sequence_length)
-    return facts
-
-
 def report_shares(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
-    """A line with every share that is otherwise in `new` than in the stage it follows, if any is."""
+    """One line with every share that differs between `new` and the stage it follows; none if all are equal."""
     shares = {name: quota / before.period for name, quota in zip(before.names, before.quotas)}
     epochs = [ordinal / size for ordinal, size in zip(ordinals_at(seed, before, new.start), before.windows)]
-    told = []
+    changes = []
     for name, quota, passes in zip_longest(new.names, new.quotas, epochs):
         share, was = quota / new.period, shares.get(name)
         if was is None:
-            told.append(f'"{name}" {share:.5g} (new)')
+            changes.append(f'"{name}" {share:.5g} (new)')
         elif was and not share:
-            told.append(f'"{name}" left out after {passes:.2f} epochs')
+            changes.append(f'"{name}" left out after {passes:.2f} epochs')
         elif share and not was:
-            told.append(f'"{name}" {share:.5g} (taken up again after {passes:.2f} epochs)')
+            changes.append(f'"{name}" {share:.5g} (used again after {passes:.2f} epochs)')
         elif share != was:
-            told.append(f'"{name}" {share:.5g} ({was:.5g} before)')
-    return [f"data.weights: {place}: {', '.join(told)}"] if told else []
+            changes.append(f'"{name}" {share:.5g} ({was:.5g} before)')
+    return [f"data.weights: {place}: {', '.join(changes)}"] if changes else []
 
 
 def report_windows(seed: int, before: Stage, new: Stage, place: str) -> list[str]:
-    """A line for each source whose windows are others in `new` than in the stage it follows."""
-    unread, lines = unread_windows(seed, before, new.start), []
-    for source, name in enumerate(before.names):
-        size = new.windows[source]
+    """A line for each source whose windows change in `new`, with the rest of its epoch that is never read."""
+    lines = []
+    for source, (name, ordinal) in enumerate(zip(before.names, ordinals_at(seed, before, new.start))):
+        size, old_size = new.windows[source], before.windows[source]
         if is_renewed(before, source, new.sequence_length, size, new.redefined):
-            rest = unread.get(name)
-            left = f"{rest.windows} windows ({rest.tokens} tokens) of epoch {rest.epoch} stay" if rest else "none stays"
+            rest, old_epoch = -ordinal % old_size, ordinal // old_size
+            unread = f"{rest} windows ({rest * before.sequence_length} tokens) of epoch {old_epoch} stay"
             epoch = new.bases[source] // size
-            lines.append(f'data.corpus: {place}: "{name}" has other windows, epoch {epoch} begins; {left} unread')
+            lines.append(
+                f'data.corpus: {place}: "{name}" has new windows, epoch {epoch} begins; '
+                f"{unread if rest else 'none stays'} unread"
+            )
     return lines

@@ -76,7 +76,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened corpus: its files are there, of the right size (and content, if that was asked for)."""
+    """A corpus that `open_corpus` has checked."""
 
     folder: Path
     manifest: Manifest
@@ -104,7 +104,7 @@ class Corpus:
     def copy_tokenizer(self, folder: Path) -> None:
         """Put the tokenizer's files into `folder`; one that is there, even as a symbolic link, is replaced."""
         if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-            raise UserError(f"{folder}: is no folder, and the tokenizer goes there; move it away")
+            raise UserError(f"{folder}: is not a folder, and the tokenizer is written there; move it away")
         folder.mkdir(exist_ok=True)
         for name in self.manifest.tokenizer_files or sorted(os.listdir(self.tokenizer_folder)):
             write_whole(folder / name, read_bounded(self.tokenizer_folder / name, MAX_TOKENIZER_BYTES))
@@ -224,8 +224,8 @@ def _map_shard(folder: Path, shard: ShardEntry) -> np.ndarray:
 def _why_missing(folder: Path) -> str:
     unfinished = sorted(folder.parent.glob(f"{folder.name}.partial-*"))
     if folder.is_dir():
-        what = "is unfinished" if ".partial-" in folder.name else "is no corpus"
-        return f"{folder}: {what}, it has no {MANIFEST}; {MAKE}"
+        what = "is unfinished" if ".partial-" in folder.name else "is not a corpus"
+        return f"{folder}: {what}: it has no {MANIFEST}; {MAKE}"
     if unfinished:
         return f"{folder}: no such folder, only an unfinished {unfinished[0].name}; {MAKE}"
     return f"{folder}: no such folder; {MAKE}"
@@ -242,7 +242,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "tokenizer.eos_id: must be a whole number below vocab_size"
     for name in manifest.tokenizer_files:
         if "/" in name or name in ("", ".", "..") or not name.isprintable():
-            yield f"tokenizer_files: {name!r} is no file's name"
+            yield f"tokenizer_files: {name!r} is not a file name"
     if not manifest.sources:
         yield "sources: there are none"
     names = [source.name for source in manifest.sources]
@@ -250,7 +250,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         if names.count(name) > 1:
             yield f'sources: "{name}" is listed twice'
         if not name.isprintable():  # half of a surrogate pair can neither be printed nor hashed
-            yield f"sources: {name!r} is no source's name"
+            yield f"sources: {name!r} is not a source name"
     for number, source in enumerate(manifest.sources):
         for split in SPLITS:
             entry: SplitEntry = getattr(source, split)

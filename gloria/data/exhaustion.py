@@ -1,4 +1,4 @@
-"""How often a run will have read its sources by its end, told in closed form before its first step."""
+"""How often a run will have read each source by its end, computed in closed form before its first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gloria.errors import UserError
 def check_exhaustion(mixture: Mixture, end_sample: int, max_epochs: float | None) -> None:
     """A `UserError` for each source that the samples before `end_sample` would read more than `max_epochs` times.
 
-    To be asked before the first step, on resume and after a change of stage. None permits any number.
+    To be called before the first step, on resume and after a change of stage. None permits any number.
     """
     if max_epochs is None:
         return

@@ -37,12 +37,12 @@ class Batch(NamedTuple):
 class Loader:
     """An endless iterator over the batches that a run takes from `mixture.next_sample` on.
 
-    A batch that has been handed out counts as consumed: `mixture.next_sample` is then behind it, whatever the thread
+    A batch that has been returned counts as consumed: `mixture.next_sample` is then after it, whatever the thread
     has read ahead, and its `state_dict` is of that moment. A change of the mixture between two batches (a stage, a
-    batch size, a loaded state, another `next_sample`) takes effect at once: what was read ahead is thrown away.
+    batch size, a loaded state, another `next_sample`) takes effect at once: what was read ahead is dropped.
 
     `streams` are the sources by name, of which those in use must be there. Raises `UserError` for a global batch that
-    the ranks do not divide; what goes wrong in the thread is raised where the batch is asked for. `close` (or leaving
+    the ranks do not divide; an error in the thread is raised by the next batch. `close` (or leaving
     a `with`) ends the thread and waits for it.
     """
 
@@ -91,7 +91,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """End the thread and drop what it has read; asked again, the loader goes on at `mixture.next_sample`."""
+        """End the thread and drop what it has read; a later batch begins at `mixture.next_sample`."""
         self._ready = iter(())
         self._plan = ((), (), -1)
         if self._thread is None:
@@ -120,10 +120,10 @@ class Loader:
 
 
 def check_world(global_batch: int, world: int) -> None:
-    """A `UserError` if the rows of a step cannot be dealt out evenly."""
+    """A `UserError` if the ranks do not divide the rows of a step."""
     if global_batch % world:
         raise UserError(
-            f"train.global_batch: {global_batch} rows cannot be dealt out evenly to {world} ranks; "
+            f"train.global_batch: {global_batch} rows cannot be divided among {world} ranks; "
             f"set {-(-global_batch // world) * world}"
         )
 

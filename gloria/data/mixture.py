@@ -32,7 +32,7 @@ from gloria.errors import UserError
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Which sources are read, in what shares, and what may change when a run goes on."""
+    """Which sources are read, in what shares, and what may change when a run continues."""
 
     corpus: str = option("data/corpus", "folder that gloria.prepare made")
     weights: dict[str, float] = option(
@@ -55,15 +55,15 @@ class MixtureConfig:
         above=0,
     )
     mask_documents: bool = option(
-        False, "keeps attention within a document; a window's documents see each other otherwise"
+        False, "keeps attention within a document; without it a window's documents see each other"
     )
     prefetch: int = option(128, "steps a thread may read ahead, so that the loop does not wait for the disk", minimum=1)
     new_epoch: bool = option(
-        False, "lets a run go on with another train.sequence_length; the next epoch of each source begins"
+        False, "lets a run continue with another train.sequence_length; the next epoch of each source begins"
     )
     allow_change: bool = option(
         False,
-        "lets a run go on with other shards or tokenizer; the next epoch of the sources concerned begins",
+        "lets a run continue with other shards or tokenizer; the next epoch of the sources concerned begins",
     )
 
 
@@ -110,7 +110,7 @@ class Mixture:
         number = stage_at(self.stages, sample)
         if number < 0:
             first = self.stages[0].start
-            raise UserError(f"sample {sample}: was drawn in an order this program does not know; ask from {first} on")
+            raise UserError(f"sample {sample}: is of an older version's order; name one from {first} on")
         return self.stages[number]
 
     def plan(self, first: int, count: int) -> Samples:
@@ -182,7 +182,7 @@ class Mixture:
             stage = replace(last, start=start, taken=taken, order=order, drawn=drawn)
             self.stages = (*self.stages, stage)
         step = self.step_of_sample(start)
-        return [f"{key}: left out from step {step} on; sample {start} is what was {samples.stop}"]
+        return [f"{key}: left out from step {step} on; sample {start} is the former sample {samples.stop}"]
 
     @property
     def left_out(self) -> tuple[range, ...]:
@@ -210,9 +210,9 @@ class Mixture:
         allow_change: bool = False,
         new_epoch: bool = False,
     ) -> list[str]:
-        """Go on with a run where `state` left it, with this mixture's weights, period and global batch from there.
+        """Continue a run where `state` left it, with this mixture's weights, period and global batch from there.
 
-        Where those are others than the run's, a stage or a batch size begins at `next_sample`. Other data than the
+        Where those differ from the run's, a stage or a batch size begins at `next_sample`. Other data than the
         run has read are an error unless permitted: by `new_epoch` another sequence length, by `allow_change` other
         shards, tokenizer or order; the next epoch of each source concerned begins. Returns a line for each change,
         for the user to see. Raises `UserError`, without any change, for a damaged state, one that is not of `step`
@@ -282,26 +282,26 @@ def _set_stages(run: Mixture, stages: tuple[Stage, ...]) -> None:
     run.fingerprints = {name: now.get(name) or run.fingerprints[name] for name in run.names}
 
 
-def _change_stage(run: Mixture, asked: Stage, redefined: Collection[str]) -> list[str]:
-    """Go on in `run` with the weights, period and sequence length of `asked`; the lines that tell what is otherwise."""
+def _change_stage(run: Mixture, target: Stage, redefined: Collection[str]) -> list[str]:
+    """Continue `run` with the weights, period and sequence length of `target`; a line for each change."""
     newest = run.stages[-1]
     start = max(run.next_sample, newest.start)
     earlier, before, inherited = _followed(run, start)
-    length, weights = asked.sequence_length, dict(zip(asked.names, asked.weights))
+    length, weights = target.sequence_length, dict(zip(target.names, target.weights))
     all_redefined = {*redefined, *inherited}
-    new = next_stage(run.seed, start, length, run.sources, weights, asked.period, before, all_redefined)
+    new = next_stage(run.seed, start, length, run.sources, weights, target.period, before, all_redefined)
     if not redefined and _same(new, newest):
         return []
     if newest.start == start and newest.drawn:
         raise UserError(
-            f"data.weights: samples are left out at sample {start}, where the run goes on; change the rest after it "
-            "has taken a step"
+            f"data.weights: samples are left out at sample {start}, where the run goes on; change weights after its "
+            "next step"
         )
     if before in earlier and not all_redefined and _same(new, before):
         _set_stages(run, earlier)  # a change that was taken back before a sample of it was drawn
         return []
     _set_stages(run, (*earlier, new))
-    if before is None:  # nothing was read yet, so nothing becomes otherwise
+    if before is None:  # nothing was read yet, so nothing changes
         return []
     place = f"from sample {start} (step {run.step_of_sample(start)}) on"
     return report_shares(run.seed, before, new, place) + report_windows(run.seed, before, new, place)

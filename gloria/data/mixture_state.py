@@ -1,4 +1,4 @@
-"""The mixture's state as plain JSON, and the checks that tell a damaged one from a sound one."""
+"""The mixture's state as plain JSON, and the checks that refuse a damaged one."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class MixtureState:
 def read_state(values: Mapping[str, Any], where: str = "mixture state", step: int | None = None) -> MixtureState:
     """The state in a JSON mapping, if `step` is not None as of that many steps; a `UserError` if it is damaged."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: is no JSON object; go on from an older checkpoint")
+        raise UserError(f"{where}: is not a JSON object; continue from an older checkpoint")
     if values.get("version", VERSION) not in READABLE:
         raise UserError(
             f"{where}: has version {values['version']}, this program reads up to {VERSION}; use the one that wrote it"
         )
     state = from_mapping(MixtureState, dict(values), where)
     if problem := _shape_problem(state) or _history_problem(state) or _progress_problem(state, step):
-        raise UserError(f"{where}: {problem}; it is damaged, go on from an older checkpoint")
+        raise UserError(f"{where}: {problem}; it is damaged, continue from an older checkpoint")
     return state
 
 
@@ -93,14 +93,14 @@ def _shape_problem(state: MixtureState) -> str | None:
 
 
 def _history_problem(state: MixtureState) -> str | None:
-    """Each stage must go on where the one before it stopped, which can be computed anew."""
+    """Each stage must continue where the one before it stopped, which can be computed."""
     foreign = state.fingerprints.algorithm != ALGORITHM
     for number, (last, stage) in enumerate(pairwise(state.stages), start=1):
         known = len(last.names)
         if stage.start <= last.start or stage.names[:known] != last.names:
             return f"stages[{number}]: does not follow the one before it"
         if number_left_out(last, stage) < 0:
-            return f"stages[{number}]: does not go on behind the samples before it"
+            return f"stages[{number}]: does not continue after the samples before it"
         if foreign:  # another version's counts cannot be computed here
             continue
         counts = count_sources(state.seed, last, stage.start).tolist()
@@ -109,7 +109,7 @@ def _history_problem(state: MixtureState) -> str | None:
         if stage.order is None:
             bases = next_bases(state.seed, last, stage.start, stage.sequence_length, stage.windows, stage.redefined)
         if list(stage.taken[:known]) != taken or list(stage.bases) != bases:
-            return f"stages[{number}]: does not go on where the one before it stopped"
+            return f"stages[{number}]: does not continue where the one before it stopped"
     if state.stages[0].start == 0 and (any(state.stages[0].bases) or state.stages[0].order is not None):
         return "stages[0]: does not begin at the beginning"
     return None

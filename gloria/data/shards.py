@@ -101,7 +101,7 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self) -> ShardEntry:
-        """Write the `.idx`, make both files durable and tell what was written."""
+        """Write the `.idx`, make both files durable and return their entry."""
         assert self.tokens, "an empty .bin can't be mapped"
         lengths = np.concatenate(self._lengths)
         pointers = (_offsets(lengths)[:-1] * self.dtype.itemsize).astype("<i8")
@@ -207,10 +207,10 @@ def map_tokens(prefix: str | os.PathLike[str], *, in_order: bool = False) -> np.
     dtype, _, _ = _read_header(prefix)
     size = _size(path)
     if size == 0 or size % dtype.itemsize:
-        _refuse(path, f"is {size} bytes, no whole number of {dtype.name} tokens")
+        _refuse(path, f"is {size} bytes, not a whole number of {dtype.name} tokens")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     if not in_order and hasattr(mmap, "MADV_RANDOM"):
-        # windows come in random order: reading ahead would fetch pages nobody asked for
+        # windows come in random order: reading ahead would fetch pages that are not used
         tokens._mmap.madvise(mmap.MADV_RANDOM)
     return tokens.view(np.ndarray)
 
@@ -222,12 +222,12 @@ def _read_header(prefix: str | os.PathLike[str]) -> tuple[np.dtype, int, int]:
     with open(path, "rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        _refuse(path, "is no Megatron index (it doesn't begin with MMIDIDX)")
+        _refuse(path, "is not a Megatron index (it doesn't begin with MMIDIDX)")
     _, version, code, sequences, indices = HEADER.unpack(header)
     if version != VERSION:
         _refuse(path, f"is of version {version}, not {VERSION}")
     if code not in DTYPES:
-        _refuse(path, f"has dtype code {code}, which is no integer type")
+        _refuse(path, f"has dtype code {code}, which is not an integer type")
     needed = HEADER.size + sequences * 12 + indices * 8
     if indices == 0:
         _refuse(path, "counts no document index, and there is always a first one")

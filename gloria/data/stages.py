@@ -52,7 +52,7 @@ class Stage:
     taken: tuple[int, ...] = option(minimum=0, maximum=LARGEST)  # samples before this stage
     windows: tuple[int, ...] = option(minimum=1, maximum=LARGEST)
     redefined: tuple[str, ...] = option(())  # sources that have had other shards, or another tokenizer, before
-    # A stage that leaves samples out goes on in the order of an earlier one, which began at `order`, behind them:
+    # A stage that leaves samples out continues the order of an earlier one, which began at `order`, after them:
     # its first sample is that order's draw number `drawn`. `bases` are those of draw 0.
     order: int | None = option(None, minimum=0, maximum=LARGEST)
     drawn: int = option(0, minimum=0, maximum=LARGEST)
@@ -113,7 +113,7 @@ def plan_period(seed: int, stage: Stage, number: int) -> Samples:
 
     planned = (sources[of_place[order]], epoch[order].astype(np.int64), window[order].astype(np.int64))
     for array in planned:
-        array.flags.writeable = False  # shared by all who ask for this period
+        array.flags.writeable = False  # shared by all callers
     return Samples(*planned)
 
 
@@ -149,7 +149,7 @@ def next_bases(
 ) -> list[int]:
     """Where each source goes on in the stage that follows `last` at `start` (its names come first in `windows`).
 
-    At its next ordinal; if its windows are others from there on, at the beginning of its next epoch, or of this one
+    At its next ordinal; if its windows change there, at the beginning of its next epoch, or of this one
     if nothing was read of it. A source that is new begins at 0.
     """
     bases = [0] * len(windows)

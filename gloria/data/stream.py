@@ -13,7 +13,7 @@ class TokenStream:
     """The shards of a source, mapped and in order, read as windows of `length + 1` tokens.
 
     Window k is tokens [k * length, (k + 1) * length]: its last token is only a target, and the next window begins
-    with it. Tokens after the last whole window are never read. `fingerprint` tells these tokens from any others.
+    with it. Tokens after the last whole window are never read. `fingerprint` identifies these tokens.
 
     With a `vocab_size`, a `UserError` is raised where a window holds an id outside of it; the line begins with the
     shard's entry in `places`.

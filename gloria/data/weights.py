@@ -1,4 +1,4 @@
-"""From weights to a stage: the checks of what a user asks for, and where each source goes on."""
+"""From weights to a stage: the checks of the weights, and where each source continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gloria.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """What the mixture needs to know of a source: its length in tokens, and what tells its shards from others."""
+    """What the mixture needs to know of a source: its length in tokens, and what identifies its shards."""
 
     tokens: int
     fingerprint: str
@@ -54,7 +54,7 @@ def next_stage(
     quotas = tuple(largest_remainder(shares, period))
     _check_quotas(names, shares, quotas)
 
-    # A source out of use keeps its old number of windows until it is taken up again.
+    # A source out of use keeps its old number of windows until it is used again.
     before = dict(zip(known, last.windows)) if last else {}
     windows = tuple(sources[name].windows(sequence_length) if name in used else before[name] for name in names)
     replaced = tuple(name for name in known if name in redefined)
@@ -76,7 +76,7 @@ def _check_weights(used: Mapping[str, float], sources: Mapping[str, Source], seq
         if name not in sources:
             problems.append(_unknown_source(name, sources))
         elif not 0 < weight < math.inf:
-            problems.append(f"data.weights.{name}: {weight} is no share; give a positive number, or 0")
+            problems.append(f"data.weights.{name}: {weight} is not a share; give a positive number, or 0")
         elif not sources[name].windows(sequence_length):
             problems.append(
                 f"data.weights.{name}: its {sources[name].tokens} tokens hold no window of {sequence_length} + 1; "

@@ -165,9 +165,9 @@ def test_no_manifest(tmp_path: Path, corpus: Path) -> None:
     assert problems_of(open_corpus, missing) == [
         f"{missing}: no such folder, only an unfinished other.partial-a1; {make}"
     ]
-    assert problems_of(open_corpus, partial) == [f"{partial}: is unfinished, it has no manifest.json; {make}"]
+    assert problems_of(open_corpus, partial) == [f"{partial}: is unfinished: it has no manifest.json; {make}"]
     partial.rename(missing)
-    assert problems_of(open_corpus, missing) == [f"{missing}: is no corpus, it has no manifest.json; {make}"]
+    assert problems_of(open_corpus, missing) == [f"{missing}: is not a corpus: it has no manifest.json; {make}"]
 
 
 def test_a_manifest_of_another_kind(corpus: Path) -> None:
@@ -237,16 +237,16 @@ def train(values: dict) -> dict:
             f'sources[0].train: "wiki/train-00000.bin" can\'t be 9 bytes{AGAIN}',
         ),
         (lambda v: v["sources"][1].update(name="wiki"), f'sources: "wiki" is listed twice{AGAIN}'),
-        (lambda v: v["sources"][1].update(name="\ud800"), f"sources: '\\ud800' is no source's name{AGAIN}"),
+        (lambda v: v["sources"][1].update(name="\ud800"), f"sources: '\\ud800' is not a source name{AGAIN}"),
         (lambda v: v.update(sources=[]), f"sources: there are none{AGAIN}"),
         (lambda v: v["tokenizer"].pop("eos_id"), f"tokenizer.eos_id: must be a whole number below vocab_size{AGAIN}"),
         (
-            lambda v: v["tokenizer"].update(vocab_size=10**30),
+            lambda v: v["tokenizer"].update(vocab_size=2**40),
             f"tokenizer.vocab_size: must be a whole number above 0 and below 2^31{AGAIN}",
         ),
         (
             lambda v: v["tokenizer_files"].update({"../../.ssh/id": "0"}),
-            f"tokenizer_files: '../../.ssh/id' is no file's name{AGAIN}",
+            f"tokenizer_files: '../../.ssh/id' is not a file name{AGAIN}",
         ),
         (lambda v: v["tokenizer"].update(fingerprint=7), f"tokenizer.fingerprint: must be a string{AGAIN}"),
     ],
@@ -382,7 +382,7 @@ def test_the_tokenizer_is_copied_over_links_and_not_through_them(corpus: Path, t
     shutil.rmtree(run / "tokenizer")
     (run / "tokenizer").symlink_to(tmp_path)
     assert problems_of(open_corpus(corpus).copy_tokenizer, run / "tokenizer") == [
-        f"{run}/tokenizer: is no folder, and the tokenizer goes there; move it away"
+        f"{run}/tokenizer: is not a folder, and the tokenizer is written there; move it away"
     ]
 
 

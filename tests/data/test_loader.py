@@ -168,13 +168,13 @@ def test_the_type_of_the_tokens_is_the_narrowest_that_holds_them() -> None:
 
 
 def test_ranks_that_do_not_divide_the_batch() -> None:
-    line = "train.global_batch: 24 rows cannot be dealt out evenly to 5 ranks; set 25"
+    line = "train.global_batch: 24 rows cannot be divided among 5 ranks; set 25"
     with pytest.raises(UserError, match=f"^{line}$"):
         Loader(streams_of(), mixture_of(), rank=0, world=5)
     with Loader(streams_of(), mixture_of(), rank=0, world=4) as loader:
         take(loader, 2)
         loader.mixture.change_batch(2, 48, 18)
-        with pytest.raises(UserError, match="18 rows cannot be dealt out evenly to 4 ranks; set 20"):
+        with pytest.raises(UserError, match="18 rows cannot be divided among 4 ranks; set 20"):
             next(loader)
         assert loader.mixture.next_sample == 48
 

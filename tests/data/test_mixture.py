@@ -296,8 +296,8 @@ def test_weights_that_cannot_be_are_all_told_at_once() -> None:
     weights = {"nwes": 1.0, "news": float("nan"), "books": -1.0, "verse": 0.5, "void": 0.1, "poems": 1.0}
     assert error_lines(new_mixture, 1, LENGTH, sources, weights, global_batch=8) == [
         'data.weights.nwes: the corpus has no source "nwes"; did you mean "news"?',
-        "data.weights.news: nan is no share; give a positive number, or 0",
-        "data.weights.books: -1.0 is no share; give a positive number, or 0",
+        "data.weights.news: nan is not a share; give a positive number, or 0",
+        "data.weights.books: -1.0 is not a share; give a positive number, or 0",
         "data.weights.verse: its 14 tokens hold no window of 16 + 1; lower train.sequence_length, prepare more text or "
         "set the weight to 0",
         "data.weights.void: its 0 tokens hold no window of 16 + 1; lower train.sequence_length, prepare more text or "

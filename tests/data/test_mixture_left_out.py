@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_keeps_them_out_and_asks_no_second_time() -> None:
     mixture = mixture_of(WINDOWS, WEIGHTS)
     mixture.next_sample = 240
     assert mixture.leave_out(range(480, 500)) == [
-        "data.skip_samples: 480:500: left out from step 20 on; sample 480 is what was 500"
+        "data.skip_samples: 480:500: left out from step 20 on; sample 480 is the former sample 500"
     ]
     for next_sample in (240, 480, 504, 2400):
         mixture.next_sample = next_sample
@@ -105,7 +105,7 @@ def test_a_gap_grows_where_other_weights_begin() -> None:
     order = listed(mixture, 0, 1000)
     mixture.leave_out(range(240, 250))
     assert mixture.leave_out(range(240, 280)) == [
-        "data.skip_samples: 240:280: left out from step 10 on; sample 240 is what was 280"
+        "data.skip_samples: 240:280: left out from step 10 on; sample 240 is the former sample 280"
     ]
     assert mixture.leave_out(range(240, 260)) == [
         "data.skip_samples: 240:260: 240:280 are left out already, and stay so"
@@ -150,9 +150,9 @@ def test_the_end_of_a_source_counts_the_windows_left_out() -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"drawn": 479}, "stages[1]: does not go on behind the samples before it"),
-        ({"order": 7}, "stages[1]: does not go on behind the samples before it"),
-        ({"bases": [1, 0, 0]}, "stages[1]: does not go on where the one before it stopped"),
+        ({"drawn": 479}, "stages[1]: does not continue after the samples before it"),
+        ({"order": 7}, "stages[1]: does not continue after the samples before it"),
+        ({"bases": [1, 0, 0]}, "stages[1]: does not continue where the one before it stopped"),
     ],
 )
 def test_a_damaged_gap_is_refused(change: dict[str, Any], line: str) -> None:
@@ -162,7 +162,7 @@ def test_a_damaged_gap_is_refused(change: dict[str, Any], line: str) -> None:
     state["stages"][1] |= change
     with pytest.raises(UserError) as caught:
         read_state(state)
-    assert caught.value.problems == (f"mixture state: {line}; it is damaged, go on from an older checkpoint",)
+    assert caught.value.problems == (f"mixture state: {line}; it is damaged, continue from an older checkpoint",)
 
 
 def test_a_state_of_the_first_version_is_read() -> None:

@@ -15,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gloria.data import mixture as mixture_module
-from gloria.data.changes import unread_windows
 from gloria.data.mixture import Mixture, mixture_from_state, new_mixture
 from gloria.data.weights import Source
 from gloria.errors import UserError
 from tests.data.mixture_reference import Reference
 from tests.data.test_mixture import LENGTH, WEIGHTS, WINDOWS, assert_epochs_whole, by_source, listed, sources_of
 
-STATE_DAMAGED = "it is damaged, go on from an older checkpoint"
+STATE_DAMAGED = "it is damaged, continue from an older checkpoint"
 
 
 def run_of(
@@ -95,7 +94,7 @@ def test_new_weights_sources_and_batch_begin_at_the_next_sample() -> None:
     assert resumed.samples_of_step(100) == range(2400, 2448)
     again = run_of()
     assert again.load_state_dict(state_at(2400 + 48 * 10, resumed)) == [
-        'data.weights: from sample 2880 (step 110) on: "news" 0.6 (0.2 before), "poems" 0.1 (taken up again after 1.23 '
+        'data.weights: from sample 2880 (step 110) on: "news" 0.6 (0.2 before), "poems" 0.1 (used again after 1.23 '
         'epochs), "web" left out after 0.60 epochs',
         "train.global_batch: from step 110 on: 24 (48 before)",
     ]
@@ -130,11 +129,11 @@ def test_another_sequence_length_needs_new_epoch() -> None:
         "--data.new-epoch"
     ]
     assert longer.load_state_dict(state_at(2400), new_epoch=True) == [
-        'data.corpus: from sample 2400 (step 100) on: "news" has other windows, epoch 2 begins; 902 windows (14432 '
+        'data.corpus: from sample 2400 (step 100) on: "news" has new windows, epoch 2 begins; 902 windows (14432 '
         "tokens) of epoch 1 stay unread",
-        'data.corpus: from sample 2400 (step 100) on: "books" has other windows, epoch 2 begins; 452 windows (7232 '
+        'data.corpus: from sample 2400 (step 100) on: "books" has new windows, epoch 2 begins; 452 windows (7232 '
         "tokens) of epoch 1 stay unread",
-        'data.corpus: from sample 2400 (step 100) on: "poems" has other windows, epoch 2 begins; 150 windows (2400 '
+        'data.corpus: from sample 2400 (step 100) on: "poems" has new windows, epoch 2 begins; 150 windows (2400 '
         "tokens) of epoch 1 stay unread",
     ]
     assert listed(longer, 0, 2400) == listed(run_of(), 0, 2400)
@@ -160,12 +159,14 @@ def test_a_sequence_length_thought_better_of() -> None:
 
 
 def test_what_is_unread_where_an_epoch_has_just_ended() -> None:
-    mixture = run_of({"poems": 1.0})
-    (stage,) = mixture.stages
-    assert unread_windows(mixture.seed, stage, 0) == {}
-    assert unread_windows(mixture.seed, stage, 2 * 195) == {}
-    facts = unread_windows(mixture.seed, stage, 2 * 195 + 5)["poems"]
-    assert (facts.epoch, facts.windows, facts.tokens) == (2, 190, 190 * 16)
+    place = 'data.corpus: from sample {} (step {}) on: "poems" has new windows, epoch {} begins; '
+    for sample, epoch, unread in (
+        (390, 2, "none stays unread"),
+        (395, 3, "190 windows (3040 tokens) of epoch 2 stay unread"),
+    ):
+        state = state_at(sample, run_of({"poems": 1.0}, batch=5))
+        lines = run_of({"poems": 1.0}, batch=5, length=32).load_state_dict(state, new_epoch=True)
+        assert lines == [place.format(sample, sample // 5, epoch) + unread]
 
 
 def test_other_shards_need_allow_change() -> None:
@@ -176,7 +177,7 @@ def test_other_shards_need_allow_change() -> None:
         "next epoch with --data.allow-change"
     ]
     assert resumed.load_state_dict(state_at(2400), allow_change=True) == [
-        'data.corpus: from sample 2400 (step 100) on: "books" has other windows, epoch 2 begins; 452 windows (7232 '
+        'data.corpus: from sample 2400 (step 100) on: "books" has new windows, epoch 2 begins; 452 windows (7232 '
         "tokens) of epoch 1 stay unread"
     ]
     after = by_source(listed(resumed, 2400, 3000))
@@ -201,7 +202,8 @@ def test_a_source_that_is_gone() -> None:
     weights = {"news": 0.6, "poems": 0.1}
     resumed = run_of(weights, sources=sources_of(fewer))
     assert refusal(resumed, state_at(240)) == [
-        'data.corpus: source "books" of the run is not there; put it back, or go on without it with --data.allow-change'
+        'data.corpus: source "books" of the run is not there; put it back, or continue without it '
+        "with --data.allow-change"
     ]
     lines = resumed.load_state_dict(state_at(240), allow_change=True)
     assert '"books" left out after 0.12 epochs' in lines[0]
@@ -215,7 +217,7 @@ def test_a_source_that_is_gone() -> None:
 
 def test_another_seed_is_another_run() -> None:
     assert refusal(run_of(seed=2), state_at(24), allow_change=True, new_epoch=True) == [
-        "run.seed: the run was begun with 1, not 2; set 1, or begin another run"
+        "run.seed: the run began with 1, not 2; set 1, or begin another run"
     ]
 
 
@@ -240,7 +242,7 @@ def test_the_order_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resumed.count_before(2500) == {"news": 1500, "books": 750, "poems": 250}
     with pytest.raises(UserError) as caught:
         resumed.plan(2399, 1)
-    assert caught.value.problems == ("sample 2399: was drawn in an order this program does not know; ask from 2400 on",)
+    assert caught.value.problems == ("sample 2399: is of an older version's order; name one from 2400 on",)
     again = run_of()
     assert again.load_state_dict(state_at(2424, resumed)) == []
     assert listed(again, 2400, 500) == listed(resumed, 2400, 500)
@@ -284,7 +286,7 @@ DAMAGE = [
     ),
     (
         lambda s: s["stages"][1]["bases"].__setitem__(3, 1),
-        "mixture state: stages[1]: does not go on where the one before it stopped; {damaged}",
+        "mixture state: stages[1]: does not continue where the one before it stopped; {damaged}",
     ),
     (lambda s: s.update(stages=[]), "mixture state: has no stages or no batches; {damaged}"),
     (lambda s: s.update(batches=[]), "mixture state: has no stages or no batches; {damaged}"),
@@ -312,11 +314,11 @@ DAMAGE = [
     ),
     (
         lambda s: s["stages"][1]["bases"].__setitem__(1, 7),
-        "mixture state: stages[1]: does not go on where the one before it stopped; {damaged}",
+        "mixture state: stages[1]: does not continue where the one before it stopped; {damaged}",
     ),
     (
         lambda s: s["stages"][0]["bases"].__setitem__(1, 7),
-        "mixture state: stages[1]: does not go on where the one before it stopped; {damaged}",
+        "mixture state: stages[1]: does not continue where the one before it stopped; {damaged}",
     ),
     (
         lambda s: s["stages"][0]["windows"].__setitem__(0, 0),
@@ -394,7 +396,7 @@ def test_any_forged_value_is_refused_or_leaves_a_state_that_works() -> None:
 
 @pytest.mark.parametrize("state", [None, [], "state", 3])
 def test_a_state_that_is_no_object(state: Any) -> None:
-    assert refusal(run_of(), state) == ["mixture state: is no JSON object; go on from an older checkpoint"]
+    assert refusal(run_of(), state) == ["mixture state: is not a JSON object; continue from an older checkpoint"]
 
 
 # --- any changes, one after the other

@@ -193,12 +193,12 @@ AGAIN = "; copy or make the file again"
 @pytest.mark.parametrize(
     ("index", "what"),
     [
-        (b"", "is no Megatron index (it doesn't begin with MMIDIDX)"),
-        (MAGIC + b"\1", "is no Megatron index (it doesn't begin with MMIDIDX)"),
-        (b"x" * 82, "is no Megatron index (it doesn't begin with MMIDIDX)"),
+        (b"", "is not a Megatron index (it doesn't begin with MMIDIDX)"),
+        (MAGIC + b"\1", "is not a Megatron index (it doesn't begin with MMIDIDX)"),
+        (b"x" * 82, "is not a Megatron index (it doesn't begin with MMIDIDX)"),
         (GOOD[:9] + struct.pack("<Q", 2) + GOOD[17:], "is of version 2, not 1"),
-        (GOOD[:17] + b"\7" + GOOD[18:], "has dtype code 7, which is no integer type"),
-        (GOOD[:17] + b"\0" + GOOD[18:], "has dtype code 0, which is no integer type"),
+        (GOOD[:17] + b"\7" + GOOD[18:], "has dtype code 7, which is not an integer type"),
+        (GOOD[:17] + b"\0" + GOOD[18:], "has dtype code 0, which is not an integer type"),
         (
             GOOD[:-8],
             "is 74 bytes, but its header counts 2 sequences and 3 document indices, 82 bytes",
@@ -235,9 +235,9 @@ def test_a_bin_that_disagrees_is_named(tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes()[:-2])
     assert error_of(read_index, prefix) == f"{data}: is 8 bytes, but its .idx lists 5 tokens, 10 bytes{AGAIN}"
     data.write_bytes(b"123")
-    assert error_of(map_tokens, prefix) == f"{data}: is 3 bytes, no whole number of uint16 tokens{AGAIN}"
+    assert error_of(map_tokens, prefix) == f"{data}: is 3 bytes, not a whole number of uint16 tokens{AGAIN}"
     data.write_bytes(b"")
-    assert error_of(map_tokens, prefix) == f"{data}: is 0 bytes, no whole number of uint16 tokens{AGAIN}"
+    assert error_of(map_tokens, prefix) == f"{data}: is 0 bytes, not a whole number of uint16 tokens{AGAIN}"
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
