@@ -95,7 +95,12 @@ class TextTokenizer:
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         dtype = dtype_for_vocab(self.vocab_size)
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:  # the library's panics are no `Exception`, and no process can hand them on
+            if type(error).__name__ != "PanicException":
+                raise
+            raise MemoryError(f"the tokenizer gave up: {error}") from None
         return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:

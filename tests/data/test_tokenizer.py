@@ -192,6 +192,20 @@ def test_a_tokenizer_that_may_reach_across_a_cut_gets_the_whole_text(folders, mo
     assert tokenizer.encode_batch(["a a a a"])[0].tolist() == [2, 2, 2, 0]
 
 
+def test_a_panic_of_the_library_is_a_memory_error() -> None:
+    """No process can hand on the panic itself, so a worker's would be a traceback about pickling."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Backend:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> None:
+            raise PanicException("capacity overflow")
+
+    with pytest.raises(MemoryError, match="the tokenizer gave up: capacity overflow"):
+        TextTokenizer(Backend(), 0, None, 10, "").encode_batch(["a"])
+
+
 def test_the_kinds_are_what_they_are_called(folders) -> None:
     """Byte-level without a prefix space, and unigram pieces that keep every space and newline."""
     bpe, pieces = (load_tokenizer(folders[kind]).backend for kind in KINDS)
