@@ -254,7 +254,7 @@ def lines_of(job: Job, machine: Machine) -> Iterator[str]:
         f"{model_flops * tokens:.3g} FLOP in all; the GPUs do {executed / model_flops:.2f} times that"
     )
     yield f"time         {time_text(job, machine, here)}"
-    yield f"memory       {here.memory.tell()}"
+    yield f"memory       {here.memory.describe()}"
     yield f"  {card.name} has {machine.usable / 2**30:.2f} GiB for tensors: {'fits' if here.fits else 'DOES NOT FIT'}"
     if job.config.optim.name != "adamw":
         yield f"  not counted: what a step of {job.config.optim.name} works with besides its two averages"

@@ -70,7 +70,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 class FolderTensors(Mapping[str, Tensor]):
-    """The parameters of a folder by our names, each read when asked for: fp32, our orientation, padded."""
+    """The parameters of a folder by our names, each read on access: fp32, our orientation, padded."""
 
     def __init__(self, shape: TransformerConfig, places: dict[str, tuple[Path, str]]) -> None:
         self._shape = shape
@@ -94,7 +94,7 @@ class FolderTensors(Mapping[str, Tensor]):
 
 
 def read_tensors(folder: str | Path) -> FolderTensors:
-    """The weights in a Hugging Face folder as a mapping that reads a tensor when asked for it.
+    """The weights in a Hugging Face folder as a mapping that reads a tensor on access.
 
     Names and sizes are checked here, before anything is read: parameters that are missing, unknown, given twice or
     of another size than config.json says are a `UserError` with a line each.

@@ -1,6 +1,6 @@
 """What a rank's memory holds at the worst moment of a step, worked out from the shape alone. Imports no torch.
 
-The model follows the code of model.py, attention.py, loss.py and dist/sharding.py tensor by tensor, run eagerly (a
+The model follows the code of transformer.py, attention.py, loss.py and dist/sharding.py tensor by tensor, run eagerly (a
 compiled block keeps less for backward, so on GPU this is what is needed at most). A step is a series of moments, each
 with what is alive in it: the loss, each block's backward, the embedding's backward. The largest is the peak. Not
 counted: what the process holds besides tensors (Python, the CUDA context, NCCL) and what the allocator wastes.
@@ -35,7 +35,7 @@ class Memory:
         """All of it, which is the peak."""
         return sum(dataclasses.astuple(self))
 
-    def tell(self) -> str:
+    def describe(self) -> str:
         """The peak and its parts in a line; 1 GiB is 2^30 bytes."""
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in dataclasses.asdict(self).items())
         return f"{self.total / 2**30:.2f} GiB a rank at the worst moment of a step ({parts})"
@@ -176,7 +176,7 @@ class _Step:
         if self.checkpointing == "none":
             return gradients
         computed_again = self.kept(layer, "none") - self.kept(layer, self.checkpointing)
-        # The block's input is among both; selective still holds the MLP's second product, which nobody asks for.
+        # The block's input is among both; selective still holds the MLP's second product, which is not used.
         return gradients + computed_again + (self.hidden if self.checkpointing == "selective" else 0)
 
 

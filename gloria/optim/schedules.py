@@ -14,7 +14,7 @@ from typing import Any
 
 from gloria.config.cli import option, to_mapping
 
-# What each kind reads beyond warm-up and floor: the same key beside another kind is a mistake, and told.
+# What each kind reads beyond warm-up and floor: the same key beside another kind is an error.
 _KEYS_OF_KIND = {"cosine_hard": ("restarts", "restart_steps"), "wsd": ("decay_steps",)}
 
 

@@ -33,7 +33,7 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) ->
         f"heads, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
         "parameters": f"{counts['total']:,} ({parts})",
         "precision": f"{precision}: {why}",
-        "memory": f"{memory.tell()}; more: python -m gloria.plan",
+        "memory": f"{memory.describe()}; more: python -m gloria.plan",
         "step": f"{train.global_batch} windows x {train.sequence_length} = {step_tokens:,} tokens "
         f"({plan.world} ranks x {plan.accumulation} passes x micro-batch {train.micro_batch})",
         "length": f"{plan.total_steps:,} steps, {short_number(plan.tokens)} tokens ({plan.tokens:,})",
