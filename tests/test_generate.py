@@ -1,5 +1,5 @@
 """Prevents generated text that is not the model's: a document start it never saw, sampling where greedy was
-asked for, other text for the same flags, text beyond the end of a document or of the model's positions."""
+requested, other text for the same flags, text beyond the end of a document or of the model's positions."""
 
 from __future__ import annotations
 

@@ -37,18 +37,18 @@ def attend(
     `window` 0 looks back over the whole sequence, otherwise over the last `window` tokens, itself included.
     `scale` None is 1/sqrt(head_dim). `masks` are those of `attention_masks` for the same window and length.
 
-    Keys and values are kept in `cache`, (2, batch, capacity, heads, head_dim), if there is one: at `positions`
+    Keys and values are kept in `cache`, (2, batch, heads, capacity, head_dim), if there is one: at `positions`
     (batch, seq), where they are attended to with all that the cache holds and the masks of `cache_masks`; without
     `positions` at 0, 1, ..., where nothing lies before them.
     """
     query, key, value = (x.unflatten(-1, (num_heads, -1)) for x in (query, key, value))
     if cache is not None and positions is not None:
         rows = torch.arange(len(query), device=query.device)[:, None]
-        cache[0, rows, positions], cache[1, rows, positions] = key, value
+        cache[0, rows, :, positions], cache[1, rows, :, positions] = key, value
         mask = masks.local if window else masks.whole
-        return _attention(query, cache[0], cache[1], mask, scale, dropout).flatten(2)
+        return _attention(query, *cache.transpose(2, 3), mask, scale, dropout).flatten(2)
     if cache is not None:
-        cache[0, :, : key.shape[1]], cache[1, :, : key.shape[1]] = key, value
+        cache[:, :, :, : key.shape[1]] = torch.stack((key, value)).transpose(2, 3)
     if 0 < window < query.shape[1]:
         output = _local_attention(query, key, value, masks.local, window, scale, dropout)
     else:

@@ -1,8 +1,8 @@
 """What a rank's memory holds at the worst moment of a step, worked out from the shape alone. Imports no torch.
 
-The model follows the code of transformer.py, attention.py, loss.py and dist/sharding.py tensor by tensor, run eagerly (a
-compiled block keeps less for backward, so on GPU this is what is needed at most). A step is a series of moments, each
-with what is alive in it: the loss, each block's backward, the embedding's backward. The largest is the peak. Not
+The model follows the code of transformer.py, attention.py, loss.py and dist/sharding.py tensor by tensor, run eagerly
+(a compiled block keeps less for backward, so on GPU this is what is needed at most). A step is a series of moments,
+each with what is alive in it: the loss, each block's backward, the embedding's backward. The largest is the peak. Not
 counted: what the process holds besides tensors (Python, the CUDA context, NCCL) and what the allocator wastes.
 """
 

@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         if cache is None or positions is None:
             masks = attention_masks(batch, length, window, documents, device=ids.device, dtype=hidden.dtype)
         else:
-            masks = cache_masks(positions, cache.shape[3], window, hidden.dtype)
+            masks = cache_masks(positions, cache.shape[4], window, hidden.dtype)
         for layer, block in enumerate(body.h):
             if cache is None:
                 hidden = block(hidden, masks)
@@ -192,10 +192,10 @@ class Transformer(nn.Module):
         return body.ln_f(hidden)
 
     def new_cache(self, rows: int, capacity: int) -> Tensor:
-        """Room for `capacity` tokens a row: (layers, 2, rows, capacity, heads, head_dim), keys and values."""
+        """Room for `capacity` tokens a row: (layers, 2, rows, heads, capacity, head_dim), keys and values."""
         shape, like = self.shape, self.head_weight()
         # Zeros: what is masked is still multiplied by its weight of 0, and must be finite.
-        return like.new_zeros(shape.num_layers, 2, rows, capacity, shape.num_heads, shape.head_dim)
+        return like.new_zeros(shape.num_layers, 2, rows, shape.num_heads, capacity, shape.head_dim)
 
 
 def initial_value(name: str, size: torch.Size, shape: TransformerConfig, seed: int) -> Tensor:

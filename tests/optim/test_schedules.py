@@ -106,7 +106,7 @@ def test_every_rate_of_a_run_is_above_zero_and_at_most_the_peak(config: Schedule
         assert 0 < learning_rate(config, 1.0, step, total) <= 1.0, step
 
 
-def test_the_state_is_plain_and_a_change_of_curve_is_told() -> None:
+def test_the_state_is_plain_and_a_change_of_curve_is_reported() -> None:
     config = ScheduleConfig("cosine", warmup_steps=10)
     state = json.loads(json.dumps(state_dict(config, 1e-3, 40, 100)))
     assert state["lr"] == learning_rate(config, 1e-3, 40, 100)
@@ -162,7 +162,7 @@ def test_the_state_is_plain_and_a_change_of_curve_is_told() -> None:
         ),
     ],
 )
-def test_contradictions_are_told(config: ScheduleConfig, total: int | None, expected: str) -> None:
+def test_contradictions_are_reported(config: ScheduleConfig, total: int | None, expected: str) -> None:
     assert [f"{keys[0]}: {what}" for keys, what in problems(config, total)] == [expected]
 
 
