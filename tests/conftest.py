@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that reaches for a hub must fail at once, not wait for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A suite that runs in the background of a shell inherits ignored signals, and so would the processes that tests start.
+if threading.current_thread() is threading.main_thread():
+    for number, action in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -15,8 +15,6 @@ from gloria.train.run import MAX_FAILED_SAVES, Run
 def begin(run: Run, tensors: dict[str, Shard], trainer: dict[str, Any], *, asynchronous: bool) -> None:
     """Start the checkpoint of this step, of all that the run has to remember. One still under way is waited for."""
     run.watch.beat(run.step, "checkpoint", slow=True)
-    if run.log:
-        run.log.sync()  # a checkpoint must not outlive the lines of the steps before it
     if run.save:
         if run.log:
             run.log.event(run.step, "checkpoint_wait", for_step=run.save.step)
