@@ -23,7 +23,7 @@ from gloria.errors import UserError, run_command, warn
 from gloria.files import size_text
 from gloria.model.config import PRESETS, TransformerConfig, count_parameters, flops_per_token, read_shape, resolve_shape
 from gloria.model.memory import STATE_BYTES, Memory, executed_flops_per_token, traffic_per_step
-from gloria.train.config import PretrainConfig, peak_of_step, plan_run, read_pretrain_config, with_location
+from gloria.train.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
 from gloria.train.metrics import short_number
 from gloria.train.summary import duration_text
 
@@ -159,12 +159,10 @@ def _unknown_gpus(config: PlanConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def read_job(config: PretrainConfig, machine: Machine) -> Job:
     """The recipe as it would run on the machine; `UserError` has everything that is wrong with it."""
-    try:
+    with located(config):
         precision, why = precision_on(
             config.train.precision, None if machine.card.name == "processor" else machine.card
         )
-    except UserError as error:
-        raise with_location(config, error) from None
     if (Path(config.data.corpus) / "manifest.json").exists():
         plan = plan_run(config, machine.gpus)
         shares = plan.mixture.shares
@@ -184,12 +182,10 @@ def without_corpus(config: PretrainConfig, precision: str, why: str) -> Job:
             f"{config.label('train.epochs')}: {train.epochs:g} epochs of what? There is no corpus at {corpus} yet; "
             "prepare it or give --train.steps"
         )
-    try:
+    with located(config):
         own = PRESETS[model.preset].vocab_size if model.preset in PRESETS else 1
         vocab_size = model.vocab_size or (read_shape(model.from_).vocab_size if model.from_ else own)
         shape = resolve_shape(model, vocab_size=vocab_size, sequence_length=train.sequence_length)
-    except UserError as error:
-        raise with_location(config, error) from None
     weights = config.data.weights
     total = sum(weights.values()) or 1.0
     shares = ", ".join(f"{name} {weight / total:.4f}" for name, weight in weights.items())

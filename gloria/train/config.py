@@ -9,6 +9,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -274,6 +275,15 @@ def _open(config: PretrainConfig, *, verify: bool = False) -> tuple[Corpus, Tran
 def check_epochs(config: PretrainConfig, mixture: Mixture, total_steps: int) -> None:
     """A `UserError` has each source that the run, from where `mixture` stands, reads more than `data.max_epochs`."""
     check_exhaustion(mixture, mixture.samples_of_step(total_steps).start, config.data.max_epochs)
+
+
+@contextmanager
+def located(config: PretrainConfig) -> Iterator[None]:
+    """A `UserError` of the block comes out `with_location`."""
+    try:
+        yield
+    except UserError as error:
+        raise with_location(config, error) from None
 
 
 def with_location(config: PretrainConfig, error: UserError) -> UserError:

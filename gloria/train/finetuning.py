@@ -15,7 +15,7 @@ from torch import Tensor
 from gloria.config.cli import to_mapping
 from gloria.config.schema import flatten
 from gloria.dist.agreement import on_all_ranks, require_same
-from gloria.dist.checkpoint_read import read_trainer
+from gloria.dist.checkpoint_read import open_reader, read_trainer
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.run_lock import STATUS, lock_run, read_status, release_run, write_status
@@ -52,7 +52,15 @@ from gloria.tasks.task import Task
 from gloria.train.finetune_config import FinetuneConfig
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter
-from gloria.train.run import Run, begin_log, load_checkpoint, lock_and_choose, opening
+from gloria.train.run import (
+    Run,
+    begin_log,
+    compiles_blocks,
+    load_checkpoint,
+    lock_and_choose,
+    opening,
+    prepare_folder,
+)
 from gloria.train.selection import choose, score_best
 
 # Of the recipe, what may change between two launches of a run.
@@ -164,7 +172,7 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
             mesh,
             precision,
             activation_checkpointing=train.activation_checkpointing,
-            compile_blocks=process.device.type == "cuda" if train.compile == "auto" else train.compile,
+            compile_blocks=compiles_blocks(config, process),
         ).train()
         epoch = steps_of_epoch(encoded.rows, train.global_batch)
         total_steps = train.steps or math.ceil(train.epochs * epoch)
@@ -186,6 +194,7 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
             evaluated_step=0,  # there is nothing to choose before the first step
         )
         changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else []
+        prepare_folder(run)
         if process.is_main:
             print(*_about(run, encoded, cut, f"{precision}: {why}"), sep="\n", flush=True)
         begin_log(run, changes)
@@ -277,7 +286,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
     # Of the model that is there: a launch that was killed after this checkpoint may have found a better one since.
     if is_tuned(run.folder / MODEL):
         objective.best = {key: read_task_file(run.folder / MODEL)[key] for key in ("step", "scores")}
-    return load_checkpoint(run, checkpoint, trainer)
+    return load_checkpoint(run, open_reader(checkpoint), trainer)
 
 
 def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig, seed: int) -> list[str]:

@@ -24,13 +24,13 @@ from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
 from gloria.dist.signals import ASKED
 from gloria.dist.step_sums import StepSums
-from gloria.errors import UserError, warn
+from gloria.errors import warn
 from gloria.files import to_json, write_whole
 from gloria.model.config import TransformerConfig
 from gloria.model.huggingface import read_tensors
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import build_optimizer
-from gloria.train.config import PretrainConfig, RunPlan, check_epochs, with_location
+from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter, peak_flops
 from gloria.train.metrics import perplexity
@@ -39,10 +39,12 @@ from gloria.train.run import (
     TAKEN_OVER,
     Run,
     begin_log,
+    compiles_blocks,
     flags_of,
     load_checkpoint,
     lock_and_choose,
     opening,
+    prepare_folder,
     require_same_recipe,
 )
 from gloria.train.sections import parse_range
@@ -192,7 +194,8 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
     """
     folder = Path(config.run.dir)
     with opening(config, process) as watch:
-        precision, why = _precision(config, process)
+        with located(config):
+            precision, why = precision_and_reason(config.train.precision, process.device)
         require_same_recipe(process, config, plan.corpus.manifest, precision=precision)
         mesh = build_mesh(process, config.dist.replicas)
         resume_step = lock_and_choose(config, process, folder, watch, config.data.skip_samples)
@@ -222,10 +225,16 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             meter=Meter(plan.mixture.names, plan.mixture.sequence_length),
             watch=watch,
         )
-        changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else _initialise(run)
+        changes = []
+        if resume_step:
+            changes += _load(run, checkpoint_path(folder, resume_step))
+        else:
+            _initialise(run)
         if samples := parse_range(config.data.skip_samples):
-            changes += _leave_out(run, samples)
+            with located(config):
+                changes += plan.mixture.leave_out(samples)
         _open_validation(config, plan.corpus, objective)
+        prepare_folder(run)
         rank0_decides(process, lambda: _write_start(run))
         if process.is_main:
             print(describe(config, plan, precision, why), flush=True)
@@ -233,13 +242,6 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
                 warn(warning)
         begin_log(run, changes)
     return run
-
-
-def _precision(config: PretrainConfig, process: Process) -> tuple[str, str]:
-    try:
-        return precision_and_reason(config.train.precision, process.device)
-    except UserError as error:
-        raise with_location(config, error) from None
 
 
 def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: Process) -> Loader:
@@ -251,14 +253,13 @@ def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: P
 def _build_model(
     config: PretrainConfig, plan: RunPlan, process: Process, mesh: DeviceMesh, precision: str
 ) -> Transformer:
-    compile_blocks = process.device.type == "cuda" if config.train.compile == "auto" else config.train.compile
     return shard_model(
         plan.shape,
         mesh,
         process.device,
         precision=precision,
         activation_checkpointing=config.train.activation_checkpointing,
-        compile_blocks=compile_blocks,
+        compile_blocks=compiles_blocks(config, process),
     )
 
 
@@ -289,39 +290,29 @@ def shard_model(
     return model
 
 
-def _initialise(run: Run) -> list[str]:
-    """The starting weights: a Hugging Face folder's, or random ones that no number of ranks changes. Always []."""
+def _initialise(run: Run) -> None:
+    """The starting weights: a Hugging Face folder's, or random ones that no number of ranks changes."""
     config, shape = run.config, run.objective.plan.shape
     if config.model.from_:
         tensors = read_tensors(config.model.from_)
         fill_parameters(run.model, lambda name, size: tensors[name])
     else:
         fill_parameters(run.model, lambda name, size: initial_value(name, size, shape, run.seed))
-    return []
 
 
 def _load(run: Run, checkpoint: Path) -> list[str]:
     """Everything from a checkpoint; a line for each change since."""
-    trainer, step = read_trainer(checkpoint), open_reader(checkpoint).step
+    trainer, reader = read_trainer(checkpoint), open_reader(checkpoint)
     objective, data = run.objective, run.config.data
-    try:
-        changes = changes_since(trainer, run.config, objective.plan, step)
+    with located(run.config):
+        changes = changes_since(trainer, run.config, objective.plan, reader.step)
         changes += objective.mixture.load_state_dict(
-            trainer["mixture"], step=step, allow_change=data.allow_change, new_epoch=data.new_epoch
+            trainer["mixture"], step=reader.step, allow_change=data.allow_change, new_epoch=data.new_epoch
         )
         check_epochs(run.config, objective.mixture, run.total_steps)
-    except UserError as error:
-        raise with_location(run.config, error) from None
     # A source of an earlier stage keeps its place among the names, so the meter is made for those of now.
     run.meter = Meter(objective.groups, objective.mixture.sequence_length)
-    return changes + load_checkpoint(run, checkpoint, trainer)
-
-
-def _leave_out(run: Run, samples: range) -> list[str]:
-    try:
-        return run.objective.mixture.leave_out(samples)
-    except UserError as error:
-        raise with_location(run.config, error) from None
+    return changes + load_checkpoint(run, reader, trainer)
 
 
 def _write_start(run: Run) -> int:

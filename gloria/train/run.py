@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +26,7 @@ from gloria.config.schema import flatten
 from gloria.data.corpus import Manifest, source_fingerprint
 from gloria.dist.agreement import require_same, require_shared
 from gloria.dist.checkpoint import Save, SaveState, checkpoint_bytes
-from gloria.dist.checkpoint_read import open_reader
+from gloria.dist.checkpoint_read import Reader
 from gloria.dist.loss_scale import loss_scale_for, restore
 from gloria.dist.manifest import TRAINER
 from gloria.dist.process import Process, rank0_decides
@@ -165,22 +164,26 @@ def lock_and_choose(config: Any, process: Process, folder: Path, watch: Watchdog
     return step
 
 
-def begin_log(run: Run, changes: Sequence[str]) -> None:
-    """Check the room on disk, write the status and open the log, on rank 0; `changes` since the checkpoint go there."""
+def prepare_folder(run: Run) -> None:
+    """Before anything else is written: check the room on disk, and write the status."""
 
-    def prepare_folder() -> int:
+    def prepare() -> int:
         shards = training_state(run.model, run.optimizer)
         check_free_space(run.folder, checkpoint_bytes(shards), run.config.checkpoint.keep)
         write_status(run.claim, "running", run.step)
         return 0
 
-    rank0_decides(run.process, prepare_folder)
+    rank0_decides(run.process, prepare)
+
+
+def begin_log(run: Run, changes: Sequence[str]) -> None:
+    """Open the log on rank 0; it begins with the versions, and with what has changed since the checkpoint."""
     if not run.process.is_main:
         return
     if not run.optimizer.defaults.get("fused"):
         name = run.config.optim.name
         print(f"optim.name: {name} waits for the device once a step, to skip one that is not finite", flush=True)
-    about = {"launch": run.launch, "ranks": run.process.world, "seed": run.seed, "versions": versions()}
+    about = {"launch": run.launch, "ranks": run.process.world, "seed": run.seed, "versions": versions() | commit()}
     run.log = open_log(
         run.folder, run.step, run.total_steps, run.config.log, evaluated_step=run.evaluated_step, **about
     )
@@ -215,19 +218,27 @@ def flags_of(run: Run) -> Flags:
     )
 
 
-@cache
+def compiles_blocks(config: Any, process: Process) -> bool:
+    """Whether `train.compile` means that blocks are compiled here."""
+    return process.device.type == "cuda" if config.train.compile == "auto" else config.train.compile
+
+
 def versions() -> dict[str, str]:
-    """The versions that a run's results depend on, and the commit of a checkout."""
-    found = {"gloria": gloria.__version__, "torch": str(torch.__version__), "numpy": np.__version__}
-    found["python"] = platform.python_version()
+    """The versions that a run's results depend on."""
+    packages = {"gloria": gloria.__version__, "torch": str(torch.__version__), "numpy": np.__version__}
+    return packages | {"python": platform.python_version()}
+
+
+def commit() -> dict[str, str]:
+    """The commit of a checkout, for rank 0 at the start: it asks git in a process of its own. Empty once installed."""
     root = Path(gloria.__file__).resolve().parent.parent
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        try:
-            found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            found["commit"] = "unknown"  # no git here
-    return found
+    if not (root / ".git").exists():
+        return {}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown"}  # no git here
 
 
 @dataclass(frozen=True)
@@ -266,14 +277,13 @@ def trainer_state(run: Run) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(run: Run, checkpoint: Path, trainer: Mapping[str, Any]) -> list[str]:
+def load_checkpoint(run: Run, reader: Reader, trainer: Mapping[str, Any]) -> list[str]:
     """Tensors and counters of a checkpoint that was saved by any number of ranks; a line for each change since."""
-    reader = open_reader(checkpoint)
     # Older checkpoints call it by what the evaluation is.
     evaluated = trainer.get("validated_step", trainer.get("chosen_step", reader.step))
     names = SavedCounters.__annotations__
     known = {"evaluated_step": evaluated} | {name: trainer[name] for name in names if name in trainer}
-    saved = from_mapping(SavedCounters, known, str(checkpoint / TRAINER))
+    saved = from_mapping(SavedCounters, known, str(reader.path / TRAINER))
     load_training_state(run.model, run.optimizer, reader.read_into)
     if states := reader.read_rng(run.process.rank):
         load_rng_state_dict(states)

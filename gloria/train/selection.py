@@ -95,14 +95,9 @@ def score_best(run: Run) -> bool:
             save_predictions(plan.task, read.examples, found, run.folder / "predictions" / split)
     if process.is_main:
         print(f"predictions {run.folder / 'predictions'}: {', '.join(splits)}", flush=True)
-        about = {
-            "model": str(run.folder / MODEL),
-            "from": run.config.model,
-            "seed": run.seed,
-            "chosen": run.objective.best,
-        }
-        about["recipe"] = to_mapping(run.config)
-        write_results(run.folder / RESULTS, about, records)
+        origin = {"model": str(run.folder / MODEL), "from": run.config.model, "seed": run.seed}
+        origin |= {"chosen": run.objective.best, "recipe": to_mapping(run.config)}
+        write_results(run.folder / RESULTS, origin, records)
         # Last, so that no failure of it costs the results.
         print(f"export     {export_head(run.folder / MODEL, run.folder / 'huggingface')}", flush=True)
     dist.barrier()

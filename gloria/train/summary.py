@@ -5,19 +5,16 @@ from __future__ import annotations
 import textwrap
 
 from gloria.dist.gpus import ELEMENT_BYTES, gpus_here, precision_on
-from gloria.errors import UserError
 from gloria.optim import schedules
-from gloria.train.config import PretrainConfig, RunPlan, peak_of_step, with_location
+from gloria.train.config import PretrainConfig, RunPlan, located, peak_of_step
 from gloria.train.metrics import short_number
 
 
 def precision_here(config: PretrainConfig) -> tuple[str, str]:
     """The precision of a run on this machine, and why, as far as nvidia-smi can tell; UserError as the run's."""
     found = None if config.run.device == "cpu" else gpus_here()
-    try:
+    with located(config):
         return precision_on(config.train.precision, found and found[1])
-    except UserError as error:
-        raise with_location(config, error) from None
 
 
 def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) -> str:
