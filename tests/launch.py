@@ -147,11 +147,10 @@ def _rank_main(
         LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
     )
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as tests/world.py does
     from gloria.dist.signals import install_stop_handlers
     from gloria.errors import run_command
     from gloria.pretrain import main

@@ -105,7 +105,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the test's own: another number rounds otherwise
     try:
         dist.init_process_group(
             "gloo",
