@@ -28,7 +28,7 @@ from gloria.model.transformer import initial_value
 from gloria.tasks.catalog import TASKS
 from gloria.tasks.examples import LastWord
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, Rule
-from gloria.tasks.models.backbones import Loaded, load_model
+from gloria.tasks.models.backbones import LoadedModel, load_model
 from gloria.tasks.models.encode import length_batches
 from gloria.tasks.models.loglikelihood import make_requests, start_ids
 from gloria.tasks.models.zeroshot import LIKELIHOOD, EvalSettings, Evaluation, answers
@@ -38,7 +38,7 @@ from gloria.tasks.samples import sample_folder
 class WordIsOver(StoppingCriteria):
     """A rule's own end of a continuation, for `generate`."""
 
-    def __init__(self, rule: Rule, loaded: Loaded, start: list[int]) -> None:
+    def __init__(self, rule: Rule, loaded: LoadedModel, start: list[int]) -> None:
         self.rule, self.loaded, self.start = rule, loaded, start
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
@@ -46,12 +46,12 @@ class WordIsOver(StoppingCriteria):
         return torch.tensor([over], device=input_ids.device)
 
 
-def new_text(loaded: Loaded, start: list[int], whole: list[int]) -> str:
+def new_text(loaded: LoadedModel, start: list[int], whole: list[int]) -> str:
     before, after = (loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in (start, whole))
     return after[len(before) :]
 
 
-def one_by_one(model: torch.nn.Module, loaded: Loaded, examples: list[LastWord], rule: Rule) -> dict[str, str]:
+def one_by_one(model: torch.nn.Module, loaded: LoadedModel, examples: list[LastWord], rule: Rule) -> dict[str, str]:
     """What `generate` writes after each context, one at a time."""
     written = {}
     for example in examples:
@@ -73,7 +73,7 @@ def one_by_one(model: torch.nn.Module, loaded: Loaded, examples: list[LastWord],
     return written
 
 
-def scored_one_by_one(model: torch.nn.Module, loaded: Loaded, examples: list[LastWord]) -> dict[str, float]:
+def scored_one_by_one(model: torch.nn.Module, loaded: LoadedModel, examples: list[LastWord]) -> dict[str, float]:
     """The log-likelihood of each gold word, one forward an example."""
     found = {}
     for example in examples:

@@ -36,7 +36,7 @@ from gloria.tasks.catalog import TASKS
 from gloria.tasks.compare import compare_models
 from gloria.tasks.evaluation import PERPLEXITY, EvaluateOptions, about
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
-from gloria.tasks.models.backbones import Loaded
+from gloria.tasks.models.backbones import LoadedModel
 from gloria.tasks.models.zeroshot import corpus_texts
 from gloria.tasks.report import RESULTS, default_folder, free_number, numbered, request_of, table, write_results
 from gloria.tasks.samples import describe_sample
@@ -115,10 +115,10 @@ def watch_run(options: EvaluateOptions, process: Process) -> int:
             corpus_texts(folder)
     requests = dict(zip(options.names, options.requests))
 
-    def load(checkpoint: Path) -> tuple[Loaded, Path | None]:
+    def load(checkpoint: Path) -> tuple[LoadedModel, Path | None]:
         return evaluation.load_language_model(str(checkpoint), options, process)
 
-    def score(model: tuple[Loaded, Path | None], names: list[str]) -> Iterator[dict[str, Any]]:
+    def score(model: tuple[LoadedModel, Path | None], names: list[str]) -> Iterator[dict[str, Any]]:
         chosen = [requests[name] for name in names]
         for scored in evaluation.score_language_model(*model, chosen, options, process):
             yield scored.record

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         check=_contradictions,
     ).config
     if arguments.tuned:
-        return export_tuned(arguments)
+        return export_finetuned(arguments)
     assert arguments.run is not None
 
     checkpoint = find_checkpoint(arguments.run, arguments.step)
@@ -71,14 +71,14 @@ def _contradictions(arguments: ExportOptions) -> Problems:
         yield ("out",), f"{arguments.out} is already there; give another folder or remove it"
 
 
-def export_tuned(arguments: ExportOptions) -> int:
+def export_finetuned(arguments: ExportOptions) -> int:
     """A fine-tuned model as the class of transformers that has its head."""
     # transformers' models take seconds to import, and a run's export has no use for them.
     from gloria.tasks.models.export import export_head
-    from gloria.tasks.models.finetuned import find_tuned
+    from gloria.tasks.models.finetuned import find_finetuned
 
     assert arguments.tuned is not None
-    folder = find_tuned(arguments.tuned)
+    folder = find_finetuned(arguments.tuned)
     if folder is None:
         raise UserError(f"--tuned: {arguments.tuned} holds no task.json; give the folder that a fine-tuning wrote")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

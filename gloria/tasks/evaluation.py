@@ -18,8 +18,8 @@ from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example, Prediction
 from gloria.tasks.formats.files import Loaded as Read
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
-from gloria.tasks.models.backbones import Loaded, load_model
-from gloria.tasks.models.finetuned import FinetunedModel, find_tuned, load_tuned, predict, task_heads
+from gloria.tasks.models.backbones import LoadedModel, load_model
+from gloria.tasks.models.finetuned import FinetunedModel, find_finetuned, load_finetuned, predict, task_heads
 from gloria.tasks.models.zeroshot import (
     GENERATION,
     LIKELIHOOD,
@@ -122,17 +122,19 @@ def about(request: Request, options: EvaluateOptions) -> dict[str, Any]:
 
 def load_and_score(options: EvaluateOptions, process: Process) -> tuple[str, Iterator[Scored]]:
     """Load a model; its name (of a run with the step) and its scores, one a task, rule or source of a corpus."""
-    if folder := find_tuned(options.model):
+    if folder := find_finetuned(options.model):
         if unused := options.given().keys() & USES.keys():
             raise UserError(f"--{min(unused)}: {folder} predicts with its head, which has no use for it; leave it out")
-        tuned = load_tuned(folder, process.device)
-        tuned.model.to(options.dtype)
-        return tuned.source, (score_head(tuned, task, folder, options, process) for task, folder in options.requests)
+        finetuned = load_finetuned(folder, process.device)
+        finetuned.model.to(options.dtype)
+        return finetuned.source, (
+            score_head(finetuned, task, folder, options, process) for task, folder in options.requests
+        )
     loaded, corpus = load_language_model(options.model, options, process)
     return loaded.source, score_language_model(loaded, corpus, options.requests, options, process)
 
 
-def load_language_model(model: str, options: EvaluateOptions, process: Process) -> tuple[Loaded, Path | None]:
+def load_language_model(model: str, options: EvaluateOptions, process: Process) -> tuple[LoadedModel, Path | None]:
     """The model (of a run, its newest checkpoint) on this rank's device, and its own corpus if a task needs it."""
     loaded = load_model(model, language_model=True)
     loaded.language_model.to(process.device, options.dtype).eval()
@@ -142,7 +144,7 @@ def load_language_model(model: str, options: EvaluateOptions, process: Process) 
 
 
 def score_language_model(
-    loaded: Loaded, corpus: Path | None, requests: Sequence[Request], options: EvaluateOptions, process: Process
+    loaded: LoadedModel, corpus: Path | None, requests: Sequence[Request], options: EvaluateOptions, process: Process
 ) -> Iterator[Scored]:
     """The scores of a language model on some tasks; `corpus` is the text of a perplexity without a text of its own."""
     for request in requests:
@@ -157,27 +159,32 @@ def score_language_model(
 
 
 def score_head(
-    tuned: FinetunedModel, task: Task | None, folder: Path, options: EvaluateOptions, process: Process
+    finetuned: FinetunedModel, task: Task | None, folder: Path, options: EvaluateOptions, process: Process
 ) -> Scored:
     """The scores of a fine-tuned head on a task with the same inputs and outputs."""
-    own = tuned.task
-    if task is None or task.family != own.family or task_heads(task) != tuned.inputs.heads or task.labels != own.labels:
+    own = finetuned.task
+    if (
+        task is None
+        or task.family != own.family
+        or task_heads(task) != finetuned.inputs.heads
+        or task.labels != own.labels
+    ):
         name = PERPLEXITY if task is None else task.name
         raise UserError(
-            f"--task: {tuned.source} has heads for {own.name}, not {name}; give the model before fine-tuning"
+            f"--task: {finetuned.source} has heads for {own.name}, not {name}; give the model before fine-tuning"
         )
     split = options.split or task.reported_split(folder)
     read = task.load(folder, split)
     started = perf_counter()
-    found, encoded = predict(tuned, read.examples, options.batch, process)
-    counts = {**read.counts, f"longer than {tuned.inputs.max_length} tokens": encoded.truncated}
+    found, encoded = predict(finetuned, read.examples, options.batch, process)
+    counts = {**read.counts, f"longer than {finetuned.inputs.max_length} tokens": encoded.truncated}
     counts |= {"seconds": round(perf_counter() - started, 2)}
     record = score_record(task, split, read.examples, found, data=folder, method="fine-tuned head", counts=counts)
     return Scored(record | about((task, folder), options), task, read.examples, found)
 
 
 def _score_task(
-    loaded: Loaded, task: Task, folder: Path, options: EvaluateOptions, process: Process
+    loaded: LoadedModel, task: Task, folder: Path, options: EvaluateOptions, process: Process
 ) -> Iterator[Scored]:
     """The scores of a language model on a task, one a rule."""
     split, read, shots, train = read_task(task, folder, options)
@@ -208,7 +215,7 @@ def read_task(task: Task, folder: Path, options: EvaluateOptions) -> tuple[str, 
     return split, read, shots, task.read(folder, "train") if shots else []
 
 
-def _score_text(loaded: Loaded, path: Path, options: EvaluateOptions, process: Process) -> Iterator[Scored]:
+def _score_text(loaded: LoadedModel, path: Path, options: EvaluateOptions, process: Process) -> Iterator[Scored]:
     """The perplexity of a text file, or of each source of a corpus."""
     length = options.length or loaded.max_length
     if length is None:

@@ -29,7 +29,7 @@ from gloria.dist.run_lock import STATUS, RunStatus, read_status
 from gloria.dist.signals import stop_reason
 from gloria.errors import UserError, warn
 from gloria.files import json_line, write_all
-from gloria.tasks.models.finetuned import MODEL, is_tuned
+from gloria.tasks.models.finetuned import MODEL, is_finetuned
 from gloria.tasks.report import table
 
 SCORES = "scores.jsonl"
@@ -88,7 +88,7 @@ class Watcher:
     def _status(self) -> RunStatus | None:
         if (self.run / "config.json").exists() or (self.run.exists() and not self.run.is_dir()):
             raise UserError(f"--watch: {self.run} is no run; name the folder of a pre-training run (its run.dir)")
-        if is_tuned(self.run / MODEL) or any(self.run.glob(f"seed-*/{STATUS}")):
+        if is_finetuned(self.run / MODEL) or any(self.run.glob(f"seed-*/{STATUS}")):
             raise _is_finetuning(self.run)
         return read_status(self.run) if (self.run / STATUS).exists() else None
 

@@ -34,7 +34,7 @@ from gloria.tasks.models.finetuned import (
     FinetunedModel,
     Inputs,
     encode,
-    is_tuned,
+    is_finetuned,
     pad_id,
     read_task_file,
     task_heads,
@@ -247,13 +247,15 @@ def _prepare(plan: Plan, seed: int) -> tuple[FinetunedModel, Encoded, str]:
         max_answer_tokens=train.max_answer_tokens,
         no_answer=any(getattr(example, "impossible", False) for example in plan.train),
     )
-    tuned = FinetunedModel(loaded.source, TaskModel(loaded.backbone, heads, train.dropout), loaded.tokenizer, inputs)
-    encoded = encode(tuned, plan.train, training=True)
+    finetuned = FinetunedModel(
+        loaded.source, TaskModel(loaded.backbone, heads, train.dropout), loaded.tokenizer, inputs
+    )
+    encoded = encode(finetuned, plan.train, training=True)
     if not encoded.rows:
         raise UserError(f"{plan.folder}: no answer of {len(plan.train)} questions is in its context; check the files")
     scores = [row.targets[SCORE] for row in encoded.rows if SCORE in heads]
-    initialise_heads(tuned.model, seed, float(np.mean(scores)) if scores else 0.0)
-    return tuned, encoded, cut
+    initialise_heads(finetuned.model, seed, float(np.mean(scores)) if scores else 0.0)
+    return finetuned, encoded, cut
 
 
 def _about(run: Run, encoded: Encoded, cut: str, precision: str) -> list[str]:
@@ -284,7 +286,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
     if problems:
         raise UserError(*problems)
     # Of the model that is there: a launch that was killed after this checkpoint may have found a better one since.
-    if is_tuned(run.folder / MODEL):
+    if is_finetuned(run.folder / MODEL):
         objective.best = {key: read_task_file(run.folder / MODEL)[key] for key in ("step", "scores")}
     return load_checkpoint(run, open_reader(checkpoint), trainer)
 

@@ -13,7 +13,7 @@ from gloria.dist.process import on_any_rank, rank0_decides
 from gloria.dist.signals import stop_reason
 from gloria.tasks.metrics import score
 from gloria.tasks.models.export import export_head
-from gloria.tasks.models.finetuned import MODEL, load_tuned, predict, save_tuned, whole_state
+from gloria.tasks.models.finetuned import MODEL, load_finetuned, predict, save_finetuned, whole_state
 from gloria.tasks.report import RESULTS, score_record, write_results
 from gloria.tasks.submissions import save_predictions
 from gloria.train.run import Run
@@ -64,7 +64,7 @@ def _go_on(run: Run, phase: str) -> Callable[[], None]:
 
 def _keep_best(run: Run, state: dict[str, Tensor]) -> int:
     extra = {"model": run.objective.finetuned.source, "seed": run.seed, **run.objective.best}
-    save_tuned(run.objective.finetuned, state, run.folder / MODEL, extra)
+    save_finetuned(run.objective.finetuned, state, run.folder / MODEL, extra)
     return 0
 
 
@@ -76,19 +76,19 @@ def score_best(run: Run) -> bool:
     run.watch.beat(run.step, "end", slow=True)
     plan, process = run.objective.plan, run.process
     run.optimizer.state.clear()  # room for a whole model
-    tuned = on_all_ranks(process, lambda: load_tuned(run.folder / MODEL, process.device))
+    finetuned = on_all_ranks(process, lambda: load_finetuned(run.folder / MODEL, process.device))
     # The splits that are reported, as far as the folder has them.
     splits = [split for split in ("dev", "test") if plan.task.has(plan.folder, split)]
     reads = on_all_ranks(process, lambda: [plan.task.load(plan.folder, split) for split in splits])
     records = []
     for split, read in zip(splits, reads):
         try:
-            found, encoded = predict(tuned, read.examples, run.config.eval.batch, process, _go_on(run, "end"))
+            found, encoded = predict(finetuned, read.examples, run.config.eval.batch, process, _go_on(run, "end"))
         except StopRequested:
             return False
         run.watch.beat(run.step, "end", slow=True)
         if process.is_main:
-            counts = {**read.counts, f"longer than {tuned.inputs.max_length} tokens": encoded.truncated}
+            counts = {**read.counts, f"longer than {finetuned.inputs.max_length} tokens": encoded.truncated}
             about = {"data": plan.folder, "method": "fine-tuned head", "counts": counts}
             record = score_record(plan.task, split, read.examples, found, **about)
             records.append(record | {"predictions": f"predictions/{split}"})

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gloria.dist.process import start_process_group, stop_process_group
-from gloria.tasks.models.backbones import Loaded, load_model
+from gloria.tasks.models.backbones import LoadedModel, load_model
 from gloria.tasks.models.loglikelihood import (
     Request,
     Settings,
@@ -70,7 +70,7 @@ def folders(tmp_path_factory) -> Callable[[str], Path]:
     return folder
 
 
-def load(path: Path, *, foreign: bool = False) -> Loaded:
+def load(path: Path, *, foreign: bool = False) -> LoadedModel:
     """A model whose texts show the tokens they are made of: "<12><7>"."""
     loaded = load_model(str(path), language_model=True)
     if foreign:
@@ -86,7 +86,7 @@ def reference(path: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def one_by_one(loaded: Loaded, path: Path, prompts: list[str], settings: Settings) -> list[str]:
+def one_by_one(loaded: LoadedModel, path: Path, prompts: list[str], settings: Settings) -> list[str]:
     model, tokenizer = reference(path), loaded.tokenizer
     texts = []
     for prompt in prompts:

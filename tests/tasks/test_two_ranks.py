@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import gloria.finetune as finetune
 import gloria.train.group
 from gloria.dist.process import Process, start_process_group, stop_process_group
-from tests.tasks.models.test_padding import examples_of, make_tuned, outputs
+from tests.tasks.models.test_padding import examples_of, make_finetuned, outputs
 from tests.tasks.test_finetune import command, results
 from tests.tasks.tiny import make_folder, write_assin, write_squad
 from tests.world import run_world
@@ -39,7 +39,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, li
     """The run and the answers of one rank, and of two."""
     root = tmp_path_factory.mktemp("ranks")
     data = write_squad(write_assin(root / "data", {"train": 16, "dev": 11, "test": 6}), {"dev": 7}, impossible=True)
-    folders = [make_tuned(family, task, root / f"{family}-{task}") for family, task in KINDS]
+    folders = [make_finetuned(family, task, root / f"{family}-{task}") for family, task in KINDS]
     neo = make_folder("gpt_neo", root / "neo")
     arguments = {name: command("assin2", neo, data, root / name, **FLAGS) for name in ("one", "two")}
     two, other = run_world(on_a_rank, 2, arguments["two"], folders, data)

@@ -55,7 +55,7 @@ class Backbone(nn.Module):
         self.body = body
         self.causal = causal  # a token sees only those before it
         self.hidden_size = hidden_size
-        self.token_types = token_types  # tells the two parts of a pair apart by an embedding
+        self.token_types = token_types  # an embedding distinguishes the two parts of a pair
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """ids, mask (1: a token, 0: padding on the right) and types, (batch, seq) each, to the hidden states
@@ -73,7 +73,7 @@ class Backbone(nn.Module):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model and what belongs to it."""
 
     source: str  # as the user named it, and of a run the step
@@ -84,7 +84,7 @@ class Loaded:
     pads_left: bool = True  # padding on the left changes nothing that the language model writes
 
 
-def load_model(name: str, *, language_model: bool = False) -> Loaded:
+def load_model(name: str, *, language_model: bool = False) -> LoadedModel:
     """A run (its newest whole checkpoint), one of its checkpoints, a Hugging Face folder or hub name; on CPU, fp32.
 
     With `language_model` the head that predicts the next token is loaded too, and a model that has none, or whose
@@ -98,9 +98,7 @@ def load_model(name: str, *, language_model: bool = False) -> Loaded:
         loaded = _load_folder(name, find_folder(name), language_model)
     parameters = dict((loaded.language_model or loaded.backbone).named_parameters())
     if bad := [key for key, parameter in parameters.items() if not parameter.isfinite().all()]:
-        warn(
-            f"{name}: {len(bad)} of {len(parameters)} tensors are not finite ({bad[0]}), so its outputs are not either"
-        )
+        warn(f"{name}: {len(bad)} of {len(parameters)} tensors are not finite ({bad[0]}); its scores mean nothing")
     return loaded
 
 
@@ -207,7 +205,7 @@ def save_model(
             shutil.copy2(file, folder / file.name)
 
 
-def _load_checkpoint(checkpoint: Path) -> Loaded:
+def _load_checkpoint(checkpoint: Path) -> LoadedModel:
     state = read_trainer(checkpoint)
     if "task" in state:
         run = checkpoint.parent.parent
@@ -217,7 +215,7 @@ def _load_checkpoint(checkpoint: Path) -> Loaded:
     return _own(str(checkpoint), shape, read_full_tensors(checkpoint, "model."), tokenizer)
 
 
-def _load_folder(name: str, folder: Path, language_model: bool) -> Loaded:
+def _load_folder(name: str, folder: Path, language_model: bool) -> LoadedModel:
     weight_files(folder)
     if find_family(read_config(folder).get("model_type")) is None:
         return _load_foreign(name, folder, language_model)
@@ -231,17 +229,17 @@ def _own(
     shape: TransformerConfig,
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
-) -> Loaded:
+) -> LoadedModel:
     _check_vocabulary(source, tokenizer, shape.vocab_size)
     with torch.device("meta"):
         model = Transformer(shape)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     model.requires_grad_(True)  # tensors read from a file have no gradients
     backbone = Backbone(model, causal=True, hidden_size=shape.hidden_size, token_types=False)
-    return Loaded(source, backbone, tokenizer, _shorter(shape.max_positions, tokenizer), model)
+    return LoadedModel(source, backbone, tokenizer, _shorter(shape.max_positions, tokenizer), model)
 
 
-def _load_foreign(name: str, folder: Path, language_model: bool) -> Loaded:
+def _load_foreign(name: str, folder: Path, language_model: bool) -> LoadedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = load_tokenizer(folder)
@@ -278,7 +276,7 @@ def _load_foreign(name: str, folder: Path, language_model: bool) -> Loaded:
             raise UserError(f"--model: {name} has no weights for {missing[0]}; give a whole model")
         warn(f"{name}: {len(missing)} weights are not in the folder and start at random: {', '.join(missing[:4])}")
     limit = _shorter(getattr(text, "max_position_embeddings", None), tokenizer)
-    return Loaded(name, backbone, tokenizer, limit, model if language_model else None, pads_left)
+    return LoadedModel(name, backbone, tokenizer, limit, model if language_model else None, pads_left)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Examples as token ids: one template for pairs and for questions, long contexts in windows, rows into batches.
 
 The template is read off the tokenizer: what it puts before, between and behind two texts. A tokenizer that puts
-nothing behind them (GPT-2 adds nothing at all, LLaMA only its start) gets EOS between and behind, so that the
-two are told apart and a causal model has a token that has seen everything.
+nothing behind them (GPT-2 adds nothing at all, LLaMA only its start) gets EOS between and behind: it separates the
+texts, and the last token of a causal model has seen everything.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,8 @@ from gloria.errors import UserError
 from gloria.tasks.examples import NOT_FOUND, Pair, Span
 from gloria.tasks.models.heads import LABEL, SCORE, SPAN
 from gloria.tasks.task import Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def encode_pairs(task: Task, examples: Sequence[Pair], tokenizer: PreTrainedToke
         room = max_length - template.special(bool(example.second))
         if room < 2:
             raise UserError(f"train.max_length: {max_length} leaves no room for a pair; raise it")
-        kept_first, kept_second = _share(len(first), len(second), room)
+        # The longer text is cut, down to the length of the other, before both are.
+        kept_first = min(len(first), max(room - len(second), room - room // 2))
+        kept_second = min(len(second), room - kept_first)
         truncated += kept_first + kept_second < len(first) + len(second)
         targets = _pair_targets(task, example)
         rows.append(_row(template, first[:kept_first], second[:kept_second], number, targets))
@@ -117,9 +122,9 @@ def encode_spans(
 ) -> Encoded:
     """A row for each window of a question's context; neighbours share `stride` tokens.
 
-    A window without the answer is one whose answer is "none": the last EOS of a causal model (position 0 has
-    seen nothing), the first token of any other. In training, questions whose answer is not found in the context
-    are left out and counted. A question that leaves the context no room is a `UserError`.
+    The answer of a window that does not hold it is "none": the last EOS of a causal model (position 0 has seen
+    nothing), the first token of any other. In training, questions whose answer is not found in the context are left
+    out and counted. A question that leaves the context no room is a `UserError`.
     """
     template = read_template(tokenizer)
     questions = tokenize(tokenizer, [example.question for example in examples])
@@ -159,19 +164,27 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def rank_batches(lengths: Sequence[int], batch_size: int, process: Process, label: str) -> Iterator[list[int]]:
-    """This rank's share of the batches of `length_batches`, with their progress on rank 0.
+    """This rank's share of the batches of `length_batches`, with their progress."""
+    yield from show_progress(length_batches(lengths, batch_size)[process.rank :: process.world], process, label)
 
-    The progress is a bar on a terminal, and elsewhere a line a minute.
-    """
-    batches = length_batches(lengths, batch_size)[process.rank :: process.world]
-    begun = said = monotonic()
+
+def show_progress(batches: Sequence[T], process: Process, label: str) -> Iterator[T]:
+    """Yield the batches, and show on rank 0 how many are done: a bar on a terminal, elsewhere a line a minute."""
+    started = shown = monotonic()
     for done, batch in enumerate(tqdm(batches, label, leave=False, disable=None if process.is_main else True)):
         now = monotonic()
-        if process.is_main and now - said > 60 and not sys.stderr.isatty():
-            said, minutes = now, (now - begun) / 60
-            left = minutes * (len(batches) - done) / max(done, 1)
+        if process.is_main and now - shown > 60 and not sys.stderr.isatty():
+            shown, minutes = now, (now - started) / 60
+            left = minutes * (len(batches) - done) / done
             print(f"{label:<10} {done} of {len(batches)} batches, about {left:.0f} minutes left", flush=True)
         yield batch
+
+
+def sum_over_ranks(values: Tensor, process: Process) -> np.ndarray:
+    """The sum of every rank's `values`, on all ranks."""
+    target = values.to(process.device)
+    dist.all_reduce(target)
+    return target.cpu().numpy()
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -211,18 +224,6 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device, targets: Ite
     if SCORE in tensors:
         tensors[SCORE] = tensors[SCORE].float()
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _share(first: int, second: int, room: int) -> tuple[int, int]:
-    """Tokens that two texts keep in a common room: the longer one is cut, down to the other, before both are."""
-    if first + second <= room:
-        return first, second
-    half = room // 2
-    if second <= half:
-        return room - second, second
-    if first <= half:
-        return first, room - first
-    return room - half, half
 
 
 def _row(template: Template, first: list[int], second: list[int], number: int, targets: dict) -> Row:

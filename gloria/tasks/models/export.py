@@ -1,7 +1,7 @@
 """A fine-tuned model with one head as the class of transformers that has such a head, with equal logits.
 
 By rule, not by a model's name: the class is built from the configuration, its last projection becomes our head, and
-what it puts in between is made to do what we do. Whether that has worked is always tried on a batch.
+the layers in between are made to do what ours do. Whether that has worked is always tried on a batch.
 
     AutoModelForSequenceClassification   labels, or one number (problem_type "regression")
     AutoModelForQuestionAnswering        first and last token of an answer
@@ -29,7 +29,7 @@ from transformers import (
 from gloria.files import partial_folder, publish
 from gloria.tasks.models.backbones import build, load_tokenizer
 from gloria.tasks.models.encode import Row, Template, collate, read_template
-from gloria.tasks.models.finetuned import HEAD, FinetunedModel, load_tuned
+from gloria.tasks.models.finetuned import HEAD, FinetunedModel, load_finetuned
 from gloria.tasks.models.heads import SCORE, SPAN
 
 TOLERANCE = 1e-4
@@ -41,26 +41,26 @@ class CannotExport(Exception):
 
 
 def export_head(folder: Path, out: Path) -> str:
-    """Write `out`, in the place of an older one, from a folder of `finetuned.py`; a line that tells what it is.
+    """Write `out`, in the place of an older one, from a folder of `finetuned.py`; return a line about it.
 
     Where no class of transformers gives the same logits, the line begins with "none: ", and there is no folder.
     """
     try:
         with partial_folder(out) as work:
-            name, difference = _write(load_tuned(folder, torch.device("cpu")), folder, work / out.name)
+            name, difference = _write(load_finetuned(folder, torch.device("cpu")), folder, work / out.name)
             publish(work / out.name, out, replace=True)
     except CannotExport as reason:
         return f"none: {reason}"
     return f"{out}: {name}, its logits differ from ours by {difference:.1g} at most"
 
 
-def _write(tuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, float]:
-    heads = tuned.inputs.heads
+def _write(finetuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, float]:
+    heads = finetuned.inputs.heads
     if len(heads) > 1:
         raise CannotExport(f"no class of transformers has two heads, {' and '.join(heads)}")
-    template = read_template(tuned.tokenizer)
-    tokenizer = _tokenizer(tuned, template)
-    model = _build(tuned, folder)
+    template = read_template(finetuned.tokenizer)
+    tokenizer = _tokenizer(finetuned, template)
+    model = _build(finetuned, folder)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         _add_padding_row(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id  # not before: the embedding may have had no such row
@@ -76,24 +76,24 @@ def _write(tuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, float]
             final.bias.copy_(bias)
         elif bias.any():
             _fold(bias, final.weight, model.base_model)
-        _set_between(model, final, getattr(tuned.model.backbone.body, "pooler", None))
+        _set_between(model, final, getattr(finetuned.model.backbone.body, "pooler", None))
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
     loaded = type(model).from_pretrained(work, dtype=torch.float32).eval()
-    difference = _difference(tuned, loaded, template, tokenizer.pad_token_id)
+    difference = _difference(finetuned, loaded, template, tokenizer.pad_token_id)
     if not difference <= TOLERANCE:
         raise CannotExport(f"the logits of {type(model).__name__} differ from ours by {difference:.2g}")
-    _check_tokenizer(load_tokenizer(work), template, tuned.tokenizer)
+    _check_tokenizer(load_tokenizer(work), template, finetuned.tokenizer)
     return type(model).__name__, difference
 
 
-def _tokenizer(tuned: FinetunedModel, template: Template) -> PreTrainedTokenizerBase:
+def _tokenizer(finetuned: FinetunedModel, template: Template) -> PreTrainedTokenizerBase:
     """The tokenizer, which pads on the right with a token that ends no row, and makes our rows of two texts."""
-    tokenizer = load_tokenizer(Path(tuned.source))
+    tokenizer = load_tokenizer(Path(finetuned.source))
     if tokenizer.pad_token_id in (None, template.end[-1]):
         tokenizer.add_special_tokens({"pad_token": _PAD})
     tokenizer.padding_side = "right"
-    tokenizer.model_max_length = tuned.inputs.max_length
+    tokenizer.model_max_length = finetuned.inputs.max_length
     names = tokenizer.convert_ids_to_tokens
     start, middle, end = (
         [names(number) for number in part] for part in (template.start, template.middle, template.end)
@@ -109,10 +109,10 @@ def _tokenizer(tuned: FinetunedModel, template: Template) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _build(tuned: FinetunedModel, folder: Path) -> nn.Module:
+def _build(finetuned: FinetunedModel, folder: Path) -> nn.Module:
     """The class with the backbone's weights; its head's are still random."""
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    inputs = tuned.inputs
+    inputs = finetuned.inputs
     if SPAN in inputs.heads:
         kind: Any = AutoModelForQuestionAnswering
         config.num_labels = 2
@@ -180,13 +180,13 @@ def _add_padding_row(model: nn.Module, tokens: int) -> None:
 
 
 @torch.no_grad()
-def _difference(tuned: FinetunedModel, model: nn.Module, template: Template, pad_id: int) -> float:
+def _difference(finetuned: FinetunedModel, model: nn.Module, template: Template, pad_id: int) -> float:
     """How far the logits of both are apart at most, on random rows of different lengths."""
     generator = torch.Generator().manual_seed(0)
-    limit = min(tuned.inputs.max_length, 48) - template.special(True)
+    limit = min(finetuned.inputs.max_length, 48) - template.special(True)
     rows = []
     for length in (limit, max(limit // 2, 2), max(limit // 3, 2), 2):
-        ids = torch.randint(len(tuned.tokenizer), (length,), generator=generator).tolist()
+        ids = torch.randint(len(finetuned.tokenizer), (length,), generator=generator).tolist()
         cut = length // 2
         parts = [[*template.start], ids[:cut], [*template.middle], ids[cut:], [*template.end]]
         types = [kind for part, kind in zip(parts, template.types) for _ in part]
@@ -194,10 +194,10 @@ def _difference(tuned: FinetunedModel, model: nn.Module, template: Template, pad
         # Every token may begin or end an answer here, so that no logit is left out of the comparison.
         rows.append(Row(whole, types, 0, first=0, offsets=((0, 0),) * len(whole)))
     batch = collate(rows, pad_id, torch.device("cpu"))
-    extra = {"token_type_ids": batch["types"]} if tuned.model.backbone.token_types else {}
-    (ours,) = tuned.model.eval()({**batch, "ids": batch["ids"].clamp(max=len(tuned.tokenizer) - 1)}).values()
+    extra = {"token_type_ids": batch["types"]} if finetuned.model.backbone.token_types else {}
+    (ours,) = finetuned.model.eval()({**batch, "ids": batch["ids"].clamp(max=len(finetuned.tokenizer) - 1)}).values()
     theirs = model(input_ids=batch["ids"], attention_mask=batch["mask"], **extra)
-    if SPAN not in tuned.inputs.heads:
+    if SPAN not in finetuned.inputs.heads:
         return float((ours - theirs.logits).abs().max())
     both = torch.stack([theirs.start_logits, theirs.end_logits], dim=-1)
     return float((ours - both)[batch["mask"].bool()].abs().max())

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +33,8 @@ from gloria.tasks.models.encode import (
     encode_pairs,
     encode_spans,
     length_batches,
+    show_progress,
+    sum_over_ranks,
     top_span_logits,
 )
 from gloria.tasks.models.heads import LABEL, SCORE, SPAN, TaskModel
@@ -79,14 +80,14 @@ def task_heads(task: Task) -> dict[str, int]:
     return dict(heads[target] for target in task.targets)
 
 
-def encode(tuned: FinetunedModel, examples: Sequence[Example], *, training: bool) -> Encoded:
-    """The rows of a task's examples, as `tuned.inputs` says."""
-    inputs = tuned.inputs
+def encode(finetuned: FinetunedModel, examples: Sequence[Example], *, training: bool) -> Encoded:
+    """The rows of a task's examples, as `finetuned.inputs` says."""
+    inputs = finetuned.inputs
     if SPAN in inputs.heads:
-        causal = tuned.model.backbone.causal
+        causal = finetuned.model.backbone.causal
         length, stride = inputs.max_length, inputs.stride
-        return encode_spans(examples, tuned.tokenizer, length, stride, causal=causal, training=training)
-    return encode_pairs(tuned.task, examples, tuned.tokenizer, inputs.max_length)
+        return encode_spans(examples, finetuned.tokenizer, length, stride, causal=causal, training=training)
+    return encode_pairs(finetuned.task, examples, finetuned.tokenizer, inputs.max_length)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -96,38 +97,36 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @torch.no_grad()
 def row_outputs(
-    tuned: FinetunedModel,
+    finetuned: FinetunedModel,
     rows: Sequence[Row],
     batch_size: int,
     process: Process,
     before_batch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """What the heads say of every row, (rows, width) float64, the same on all ranks.
+    """The outputs of the heads for every row, (rows, width) float64, the same on all ranks.
 
     Batches are formed over all rows, by length, and dealt out whole: any number of ranks computes the same
     ones. Every rank makes the same number of passes, for a sharded model's forward is a collective, and calls
     `before_batch` before each, which may end it by an exception, on all ranks alike.
     """
-    model, heads = tuned.model, tuned.inputs.heads
+    model, heads = finetuned.model, finetuned.inputs.heads
     width = 81 if SPAN in heads else sum(heads.values())
     outputs = torch.zeros(len(rows), width, dtype=torch.float64)
     batches = length_batches([len(row.ids) for row in rows], batch_size)
     training = model.training
     model.eval()
     try:
-        for at in range(0, len(batches), process.world):
+        for at in show_progress(range(0, len(batches), process.world), process, "predicting"):
             before_batch()
             number = at + process.rank
             chosen = batches[min(number, len(batches) - 1)]
-            batch = collate([rows[row] for row in chosen], pad_id(tuned.tokenizer), process.device)
+            batch = collate([rows[row] for row in chosen], pad_id(finetuned.tokenizer), process.device)
             found = model(batch)
             if number < len(batches):
                 outputs[chosen] = _flat(found, batch).cpu()
     finally:
         model.train(training)
-    target = outputs.to(process.device)
-    dist.all_reduce(target)
-    return target.cpu().numpy()
+    return sum_over_ranks(outputs, process)
 
 
 def _flat(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
@@ -137,10 +136,10 @@ def _flat(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
 
 
 def to_predictions(
-    tuned: FinetunedModel, examples: Sequence[Example], rows: Sequence[Row], outputs: np.ndarray
+    finetuned: FinetunedModel, examples: Sequence[Example], rows: Sequence[Row], outputs: np.ndarray
 ) -> dict[str, Prediction]:
     """Answers by example id, from what `row_outputs` gave for the rows."""
-    inputs = tuned.inputs
+    inputs = finetuned.inputs
     if SPAN in inputs.heads:
         return {
             name: SpanPrediction(text, margin if inputs.no_answer else float("-inf"))
@@ -157,16 +156,16 @@ def to_predictions(
 
 
 def predict(
-    tuned: FinetunedModel,
+    finetuned: FinetunedModel,
     examples: Sequence[Example],
     batch_size: int,
     process: Process,
     before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Prediction], Encoded]:
     """The answers to all examples, the same on every rank, and how they were encoded; arguments as of `row_outputs`."""
-    encoded = encode(tuned, examples, training=False)
-    outputs = row_outputs(tuned, encoded.rows, batch_size, process, before_batch)
-    return to_predictions(tuned, examples, encoded.rows, outputs), encoded
+    encoded = encode(finetuned, examples, training=False)
+    outputs = row_outputs(finetuned, encoded.rows, batch_size, process, before_batch)
+    return to_predictions(finetuned, examples, encoded.rows, outputs), encoded
 
 
 def whole_state(model: TaskModel, keep: bool) -> dict[str, Tensor]:
@@ -179,45 +178,49 @@ def whole_state(model: TaskModel, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def save_tuned(tuned: FinetunedModel, state: dict[str, Tensor], folder: Path, extra: dict[str, Any]) -> None:
+def save_finetuned(finetuned: FinetunedModel, state: dict[str, Tensor], folder: Path, extra: dict[str, Any]) -> None:
     """Write the folder, in the place of an older one; for one rank. `extra` goes into task.json."""
     body = {key.removeprefix("backbone.body."): value for key, value in state.items() if key.startswith("backbone.")}
     heads = {key.removeprefix("heads."): value.contiguous() for key, value in state.items() if key.startswith("heads.")}
     with partial_folder(folder) as work:
         made = work / folder.name
-        save_model(tuned.model.backbone, body, tuned.tokenizer, made, "float32")
+        save_model(finetuned.model.backbone, body, finetuned.tokenizer, made, "float32")
         save_file(heads, made / HEAD)
-        (made / TASK).write_bytes(to_json({"format": FORMAT, **asdict(tuned.inputs), **extra}))
+        (made / TASK).write_bytes(to_json({"format": FORMAT, **asdict(finetuned.inputs), **extra}))
         publish(made, folder, replace=True)
 
 
-def is_tuned(folder: str | Path) -> bool:
-    """Whether a folder is one of `save_tuned`."""
+def is_finetuned(folder: str | Path) -> bool:
+    """Whether a folder is one of `save_finetuned`."""
     return (Path(folder) / TASK).is_file()
 
 
-def find_tuned(folder: str | Path) -> Path | None:
-    """The folder of `save_tuned` that is meant: this one, or of a fine-tuning that of its best model; None: neither."""
-    return next((path for path in (Path(folder), Path(folder, MODEL)) if is_tuned(path)), None)
+def find_finetuned(folder: str | Path) -> Path | None:
+    """This folder if it is one of `save_finetuned`, or the best model in that of a fine-tuning; None if neither."""
+    return next((path for path in (Path(folder), Path(folder, MODEL)) if is_finetuned(path)), None)
 
 
 def read_task_file(folder: Path) -> dict[str, Any]:
-    """What the folder says of its model: the fields of `Inputs`, and what else `save_tuned` was given."""
+    """The folder's task.json: the fields of `Inputs`, and what else `save_finetuned` was given."""
     content = parse_json_object(read_bounded(folder / TASK), folder / TASK)
     if content.get("format") != FORMAT:
         raise UserError(f"{folder / TASK}: has format {content.get('format')!r}; this version reads format {FORMAT}")
     return content
 
 
-def load_tuned(folder: str | Path, device: torch.device) -> FinetunedModel:
+def load_finetuned(folder: str | Path, device: torch.device) -> FinetunedModel:
     """A fine-tuned model, whole, on `device`. `UserError` where files are missing or do not fit each other."""
     folder = Path(folder)
     content = read_task_file(folder)
-    try:
-        inputs = Inputs(**{key: content[key] for key in Inputs.__dataclass_fields__})
-        inputs = Inputs(**{**asdict(inputs), "labels": tuple(inputs.labels)})
-    except KeyError as error:
-        raise UserError(f"{folder / TASK}: has no {error}; fine-tune again") from None
+    kinds = {"task": str, "labels": list, "heads": dict, "max_length": int, "stride": int, "max_answer_tokens": int}
+    for key, kind in (kinds | {"no_answer": bool}).items():
+        if type(content.get(key)) is not kind:
+            raise UserError(f"{folder / TASK}: {key} is missing or of a wrong type; fine-tune again")
+    values = {key: content[key] for key in Inputs.__dataclass_fields__}
+    inputs = Inputs(**{**values, "labels": tuple(content["labels"])})
+    task = find_task(inputs.task)
+    if inputs.labels != task.labels or inputs.heads != task_heads(task) or inputs.max_length < 1:
+        raise UserError(f"{folder / TASK}: does not fit the task {task.name}; fine-tune again")
     loaded = load_model(str(folder))
     model = TaskModel(loaded.backbone, inputs.heads, dropout=0.0)
     try:

@@ -2,7 +2,7 @@
 
 AutoModelForSequenceClassification would need a pad token that many decoders lack, and lays another stack on
 each family. Here the vector of the whole text is, by rule: the last token's for a causal model, for nothing
-else has seen everything; otherwise what the model itself makes of it (BERT's pooler), or the first token's.
+else has seen everything; otherwise the output of the model's own pooler (BERT), or the first token's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LABEL, SCORE, SPAN = "label", "score", "span"  # the heads there are: classes, a
 
 
 class TaskModel(nn.Module):
-    """A backbone and a head for each thing that is asked about a text."""
+    """A backbone and a head for each kind of answer."""
 
     def __init__(self, backbone: Backbone, heads: dict[str, int], dropout: float) -> None:
         """`heads` are head names with their number of outputs."""
@@ -29,7 +29,7 @@ class TaskModel(nn.Module):
         self.backbone = backbone
         self.dropout = dropout
         self.heads = nn.ModuleDict(
-            # Classes are told apart by differences, so a bias would say no more than how frequent they are.
+            # Only differences between classes matter, and a bias would add no more than their frequency.
             {name: nn.Linear(backbone.hidden_size, outputs, bias=name != LABEL) for name, outputs in heads.items()}
         )
 
@@ -86,7 +86,7 @@ def shard_task_model(
 ) -> TaskModel:
     """Spread a whole model over the ranks: each of its layers, and the rest with the root.
 
-    As in `gloria.dist.sharding.shard_model`, gradients are sums over the ranks, said to every FSDP module.
+    As in `gloria.dist.sharding.shard_model`, gradients are sums over the ranks, which is set on every FSDP module.
     """
     checkpoint_activations(model.backbone, activation_checkpointing)
     if compile_blocks:

@@ -1,4 +1,4 @@
-"""What a causal language model makes of texts: log-likelihoods of continuations, greedy continuations, bits per byte.
+"""Log-likelihoods of continuations, greedy continuations and bits per byte of a causal language model.
 
 Rows are padded on the right, where a causal model never looks, and batched over all of them by length; batches are
 dealt out whole, so any number of ranks computes the same ones. Each rank holds the whole model.
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +20,8 @@ from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.model.decode import begin, end_ids
 from gloria.model.transformer import Transformer
-from gloria.tasks.models.backbones import Loaded
-from gloria.tasks.models.encode import rank_batches, tokenize
+from gloria.tasks.models.backbones import LoadedModel
+from gloria.tasks.models.encode import rank_batches, sum_over_ranks, tokenize
 
 _CHUNK = 1024  # places whose logits, (chunk, vocab) in fp32, are held at once
 
@@ -57,7 +56,7 @@ def start_ids(tokenizer: PreTrainedTokenizerBase, *, needed: bool) -> list[int]:
     return [first]
 
 
-def make_requests(loaded: Loaded, texts: Sequence[tuple[str, str]]) -> tuple[list[Request], int]:
+def make_requests(loaded: LoadedModel, texts: Sequence[tuple[str, str]]) -> tuple[list[Request], int]:
     """A request for each (context, answer), and how many contexts were cut on the left to fit.
 
     Context and answer are tokenized as one text: the answer's tokens are those behind as many as the context
@@ -81,7 +80,7 @@ def make_requests(loaded: Loaded, texts: Sequence[tuple[str, str]]) -> tuple[lis
 
 
 @torch.no_grad()
-def log_likelihoods(loaded: Loaded, requests: Sequence[Request], batch_size: int, process: Process) -> np.ndarray:
+def log_likelihoods(loaded: LoadedModel, requests: Sequence[Request], batch_size: int, process: Process) -> np.ndarray:
     """Of each request the summed log-likelihood of its scored tokens, in nats, and whether each of them was the
     likeliest (1 or 0): (requests, 2) float64, the same on all ranks.
 
@@ -107,7 +106,7 @@ def log_likelihoods(loaded: Loaded, requests: Sequence[Request], batch_size: int
             rows = [requests[number] for number in numbers]
             ids, _ = _pad([row.ids[-row.scored - 1 : -1] for row in rows], process.device)
             found[numbers] = _sums(model, state.look_ahead(ids, back=1), rows, [row.scored for row in rows])
-    return _over_ranks(found, process)
+    return sum_over_ranks(found, process)
 
 
 def _by_context(requests: Sequence[Request]) -> list[list[int]]:
@@ -123,7 +122,7 @@ def _by_context(requests: Sequence[Request]) -> list[list[int]]:
 
 @torch.no_grad()
 def continuations(
-    loaded: Loaded, prompts: Sequence[str], settings: Sequence[Settings], batch_size: int, process: Process
+    loaded: LoadedModel, prompts: Sequence[str], settings: Sequence[Settings], batch_size: int, process: Process
 ) -> list[tuple[list[str], int]]:
     """For each of the `settings` the greedy continuation of every prompt, and how many prompts were cut on the left.
 
@@ -153,7 +152,7 @@ def continuations(
             for number, end in row.ends.items():
                 made[number, row.prompt, :end] = torch.tensor(row.tokens[:end], dtype=torch.float64) + 1
     found = []
-    for table, prompts_ in zip((_over_ranks(made, process).astype(np.int64) - 1).tolist(), kept):
+    for table, prompts_ in zip((sum_over_ranks(made, process).astype(np.int64) - 1).tolist(), kept):
         new = [[token for token in tokens if token >= 0] for tokens in table]
         texts = [_new_text(loaded.tokenizer, ids, tokens) for ids, tokens in zip(prompts_, new)]
         found.append((texts, sum(len(ids) < len(start) for ids, start in zip(prompts_, starts))))
@@ -162,17 +161,17 @@ def continuations(
 
 @dataclass
 class _Row:
-    """A prompt and what comes after it with one penalty, for all settings that have this one."""
+    """A prompt and its continuation with one penalty, for all settings with this penalty."""
 
     prompt: int
     start: list[int]
     penalty: float
-    open: dict[int, Settings] = field(default_factory=dict)  # those for which it goes on, by their number
-    ends: dict[int, int] = field(default_factory=dict)  # how many of the tokens are theirs
+    open: dict[int, Settings] = field(default_factory=dict)  # settings that need more tokens, by number
+    ends: dict[int, int] = field(default_factory=dict)  # how many of the tokens belong to each
     tokens: list[int] = field(default_factory=list)
 
 
-def _decode(loaded: Loaded, groups: Sequence[Sequence[_Row]], device: torch.device) -> list[_Row]:
+def _decode(loaded: LoadedModel, groups: Sequence[Sequence[_Row]], device: torch.device) -> list[_Row]:
     """The rows of the groups with their tokens; those of a group begin alike, and are read as one."""
     live = [row for group in groups for row in group]
     room = max(setting.max_new_tokens for row in live for setting in row.open.values())
@@ -236,7 +235,7 @@ def perplexity_scores(nats: float, tokens: int, words: int, bytes_: int) -> dict
 
 
 def _states(model: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the log-likelihoods are made of: hidden states of our own models, logits of others."""
+    """Hidden states of our own models, logits of others: what `_sums` computes log-likelihoods from."""
     if isinstance(model, Transformer):
         return model.hidden_states(ids)
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -252,17 +251,16 @@ def _sums(model: torch.nn.Module, states: Tensor, requests: Sequence[Request], e
     rows, columns = torch.tensor(places, device=states.device).T
     targets = torch.tensor([token for request in requests for token in request.ids[-request.scored :]])
     targets = targets.to(states.device)
-    sums = torch.zeros(
-        len(requests), 2, dtype=torch.float64, device=states.device
-    )  # log-likelihood, tokens not likeliest
+    # Per row the log-likelihood, and the number of tokens that are not the likeliest.
+    sums = torch.zeros(len(requests), 2, dtype=torch.float64, device=states.device)
     for at in range(0, len(rows), _CHUNK):
-        row, wanted = rows[at : at + _CHUNK], targets[at : at + _CHUNK]
+        row, target = rows[at : at + _CHUNK], targets[at : at + _CHUNK]
         logits = states[row, columns[at : at + _CHUNK]]
         if isinstance(model, Transformer):
             logits = F.linear(logits, model.head_weight())
         logits = logits.float()
-        sums[:, 0].index_add_(0, row, -F.cross_entropy(logits, wanted, reduction="none").double())
-        sums[:, 1].index_add_(0, row, (logits.argmax(dim=1) != wanted).double())
+        sums[:, 0].index_add_(0, row, -F.cross_entropy(logits, target, reduction="none").double())
+        sums[:, 1].index_add_(0, row, (logits.argmax(dim=1) != target).double())
     sums[:, 1] = (sums[:, 1] == 0).double()
     return sums.cpu()
 
@@ -292,9 +290,3 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
     for number, row in enumerate(rows):
         ids[number, : len(row)], mask[number, : len(row)] = row, 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def _over_ranks(values: Tensor, process: Process) -> np.ndarray:
-    target = values.to(process.device)
-    dist.all_reduce(target)
-    return target.cpu().numpy()

@@ -24,7 +24,7 @@ from gloria.tasks.examples import (
     WordPrediction,
 )
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
-from gloria.tasks.models.backbones import Loaded
+from gloria.tasks.models.backbones import LoadedModel
 from gloria.tasks.models.encode import tokenize
 from gloria.tasks.models.loglikelihood import (
     Request,
@@ -68,7 +68,7 @@ class EvalSettings:
 class Evaluation:
     """A language model, the task and examples that it is scored on, and solved ones to choose shots from."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     task: Task
     examples: Sequence[Any]  # of the task's kind
     train: Sequence[Example]
@@ -197,15 +197,15 @@ def corpus_texts(path: Path) -> dict[str, list[str]]:
         raise UserError(f"--data: {path} is neither a text file nor a prepared corpus; perplexity needs one of them")
     kind = format_of(str(path))
     if kind is None:
-        raise UserError(f"--data: {path}: its name tells no format; call it .txt or .jsonl")
+        raise UserError(f"--data: {path}: has a name without a known format; rename it to .txt or .jsonl")
     documents = list(read_documents(str(path), kind))
     if bad := [document for document in documents if document.problem]:
-        raise UserError(f"{path}:{bad[0].line}: {bad[0].problem}; mend it ({len(bad)} such documents)")
+        raise UserError(f"{path}:{bad[0].line}: {bad[0].problem}; correct it ({len(bad)} such documents)")
     return {path.name: [document.text for document in documents if document.text.strip()]}
 
 
 def perplexity(
-    loaded: Loaded, texts: Sequence[str], length: int, stride: int, batch: int, process: Process
+    loaded: LoadedModel, texts: Sequence[str], length: int, stride: int, batch: int, process: Process
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Perplexities and bits per byte of documents, each on its own, and counts; EOS is not scored."""
     start = start_ids(loaded.tokenizer, needed=True)

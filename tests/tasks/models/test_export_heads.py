@@ -17,7 +17,7 @@ from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Pair, Span
 from gloria.tasks.models.backbones import load_model
 from gloria.tasks.models.encode import collate, encode_pairs, encode_spans
-from gloria.tasks.models.finetuned import FinetunedModel, Inputs, save_tuned, task_heads
+from gloria.tasks.models.finetuned import FinetunedModel, Inputs, save_finetuned, task_heads
 from gloria.tasks.models.heads import LABEL, SCORE, TaskModel, initialise_heads
 from tests.tasks.tiny import ENCODERS, FAMILIES, make_folder
 
@@ -35,16 +35,18 @@ def tuned_folder(family: str, task: str, folder: Path, **shape: Any) -> tuple[Fi
     heads = task_heads(about)
     model = TaskModel(loaded.backbone, heads, 0.0).eval()
     initialise_heads(model, 1, 3.0)
-    tuned = FinetunedModel(loaded.source, model, loaded.tokenizer, Inputs(task, about.labels, heads, 64, 8, 30, False))
-    save_tuned(tuned, dict(model.state_dict()), folder / "model", {})
-    return tuned, folder / "model"
+    finetuned = FinetunedModel(
+        loaded.source, model, loaded.tokenizer, Inputs(task, about.labels, heads, 64, 8, 30, False)
+    )
+    save_finetuned(finetuned, dict(model.state_dict()), folder / "model", {})
+    return finetuned, folder / "model"
 
 
 @pytest.mark.parametrize("task", ["assin2-entailment", "assin2-similarity", "faquad"])
 @pytest.mark.parametrize(("family", "spare", "pad"), SHAPES)
 @torch.no_grad()
 def test_the_class_of_transformers_gives_our_logits(family, spare, pad, task, tmp_path):
-    tuned, folder = tuned_folder(family, task, tmp_path, spare=spare, pad=pad)
+    finetuned, folder = tuned_folder(family, task, tmp_path, spare=spare, pad=pad)
     out = tmp_path / "out"
     told = export.export_head(folder, out)
     if (family, task) == ("llama", "assin2-similarity"):
@@ -54,21 +56,21 @@ def test_the_class_of_transformers_gives_our_logits(family, spare, pad, task, tm
     assert told.startswith(f"{out}: ")
     tokenizer = AutoTokenizer.from_pretrained(out)
     batch = tokenizer(*map(list, zip(*PAIRS)), padding=True, return_tensors="pt")
-    if not tuned.model.backbone.token_types:  # DeBERTa's tokenizer makes some, its model has none
+    if not finetuned.model.backbone.token_types:  # DeBERTa's tokenizer makes some, its model has none
         batch.pop("token_type_ids", None)
     if task == "faquad":
         questions = [Span(str(number), *pair, impossible=True) for number, pair in enumerate(PAIRS)]
         causal = family not in ENCODERS
-        rows = encode_spans(questions, tuned.tokenizer, 64, 8, causal=causal, training=False).rows
+        rows = encode_spans(questions, finetuned.tokenizer, 64, 8, causal=causal, training=False).rows
     else:
         rows = encode_pairs(
-            find_task(task), [Pair("0", *pair, "None", 1.0) for pair in PAIRS], tuned.tokenizer, 64
+            find_task(task), [Pair("0", *pair, "None", 1.0) for pair in PAIRS], finetuned.tokenizer, 64
         ).rows
     ours = collate(rows, tokenizer.pad_token_id, torch.device("cpu"))
     assert torch.equal(batch["input_ids"], ours["ids"])
     assert {row.ids[-1] for row in rows}.isdisjoint({tokenizer.pad_token_id})
-    ours["ids"] = ours["ids"].clamp(max=len(tuned.tokenizer) - 1)  # a pad token that our model does not know
-    (expected,) = tuned.model({**ours, "allowed": torch.ones_like(ours["mask"])}).values()
+    ours["ids"] = ours["ids"].clamp(max=len(finetuned.tokenizer) - 1)  # a pad token that our model does not know
+    (expected,) = finetuned.model({**ours, "allowed": torch.ones_like(ours["mask"])}).values()
     if task == "faquad":
         model = AutoModelForQuestionAnswering.from_pretrained(out).eval()
         found = model(**batch)

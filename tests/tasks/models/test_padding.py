@@ -1,14 +1,18 @@
-"""Bug prevented: answers that depend on how many rows are scored at once."""
+"""Bug prevented: answers that depend on how many rows are scored at once; a forged task.json that is believed."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gloria.dist.process import Process, start_process_group, stop_process_group
+from gloria.errors import UserError
 from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example
 from gloria.tasks.metrics import score
@@ -17,9 +21,9 @@ from gloria.tasks.models.finetuned import (
     FinetunedModel,
     Inputs,
     encode,
-    load_tuned,
+    load_finetuned,
     row_outputs,
-    save_tuned,
+    save_finetuned,
     task_heads,
     to_predictions,
 )
@@ -41,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
     """A model of each family with random heads for each task."""
     root = tmp_path_factory.mktemp("tuned")
     return {
-        (family, task): make_tuned(family, task, root / f"{family}-{task}") for family in FAMILIES for task in TASKS
+        (family, task): make_finetuned(family, task, root / f"{family}-{task}") for family in FAMILIES for task in TASKS
     }
 
 
@@ -51,23 +55,23 @@ def alone() -> Iterator[Process]:
     stop_process_group()
 
 
-def make_tuned(family: str, task: str, folder: Path) -> Path:
+def make_finetuned(family: str, task: str, folder: Path) -> Path:
     loaded, about = load_model(str(make_folder(family, folder / "base"))), find_task(task)
     model = TaskModel(loaded.backbone, task_heads(about), 0.0)
     initialise_heads(model, 1, 3.0)
     for head in model.heads.values():
         head.weight.data.mul_(10)  # so that scores differ by more than the last places of a sum do
     inputs = Inputs(task, about.labels, task_heads(about), 40, 8, 30, no_answer=True)
-    save_tuned(FinetunedModel("", model, loaded.tokenizer, inputs), dict(model.state_dict()), folder / "model", {})
+    save_finetuned(FinetunedModel("", model, loaded.tokenizer, inputs), dict(model.state_dict()), folder / "model", {})
     return folder / "model"
 
 
 def outputs(folder: Path, examples: list[Example], batch: int, process: Process) -> tuple[np.ndarray, dict]:
     """What the heads say, and the scores."""
-    tuned = load_tuned(folder, process.device)
-    rows = encode(tuned, examples, training=False).rows
-    found = row_outputs(tuned, rows, batch, process)
-    scores = score(tuned.task, examples, to_predictions(tuned, examples, rows, found), resamples=0)
+    finetuned = load_finetuned(folder, process.device)
+    rows = encode(finetuned, examples, training=False).rows
+    found = row_outputs(finetuned, rows, batch, process)
+    scores = score(finetuned.task, examples, to_predictions(finetuned, examples, rows, found), resamples=0)
     return found, {name: value.value for name, value in scores.items()}
 
 
@@ -83,3 +87,12 @@ def test_the_batch_size_changes_no_score(folders, data, alone):
         many, scores_of_many = outputs(folder, examples, 64, alone)
         np.testing.assert_allclose(many, one, atol=1e-4, err_msg=f"{family} {task}")
         assert scores_of_many == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"labels": 5}, {"heads": {"span": 3}}, {"max_length": "40"}, {"task": "rte"}])
+def test_a_task_file_that_does_not_fit_is_refused(wrong, folders, tmp_path):
+    folder = shutil.copytree(folders["gpt2", "faquad"], tmp_path / "model")
+    content = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(content | wrong))
+    with pytest.raises(UserError, match=r"is missing or of a wrong type|does not fit the task"):
+        load_finetuned(folder, torch.device("cpu"))
