@@ -89,14 +89,14 @@ def prune_run(run_dir: Path, keep: int, keep_every: int) -> None:
     """Prune while holding the run's lock, so that no launch is writing or reading there."""
     from gloria.dist.retention import prune, remove_incomplete
 
-    claim = lock_run(run_dir, f"prune-{int(time.time())}")
+    run_lock = lock_run(run_dir, f"prune-{int(time.time())}")
     try:
         for line in remove_incomplete(run_dir):
             print(line)
         for step in prune(run_dir, keep, keep_every):
             print(f"step {step}: deleted")
     finally:
-        release_run(claim)
+        release_run(run_lock)
 
 
 def print_list(run_dir: Path, listed: list[Listed]) -> None:

@@ -110,9 +110,9 @@ def test_prune_leaves_the_newest_and_the_milestones(tmp_path: Path, capsys):
 def test_prune_keeps_off_a_live_run(tmp_path: Path, capsys):
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
-    claim = lock_run(tmp_path, "live")
+    run_lock = lock_run(tmp_path, "live")
     status, lines = run(capsys, "--run", tmp_path, "--prune")
-    release_run(claim)
+    release_run(run_lock)
     assert status == 2
     assert lines == [
         f"error: {tmp_path}: launch live is running there (process {os.getpid()}, {os.uname().nodename}); "
@@ -123,9 +123,9 @@ def test_prune_keeps_off_a_live_run(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(("state", "exit_status"), [("done", 0), ("stopped", 75), ("running", 75), ("failed", 1)])
 def test_status_exits_as_a_job_script_needs_it(tmp_path: Path, capsys, state: str, exit_status: int):
-    claim = lock_run(tmp_path, "night")
-    write_status(claim, state, 120, "SIGUSR1" if state == "stopped" else "")
-    release_run(claim)
+    run_lock = lock_run(tmp_path, "night")
+    write_status(run_lock, state, 120, "SIGUSR1" if state == "stopped" else "")
+    release_run(run_lock)
     status, lines = run(capsys, "--run", tmp_path, "--status")
     shown = "dead (it said running, its launch is gone)" if state == "running" else state
     reason = ", SIGUSR1" if state == "stopped" else ""
@@ -135,14 +135,14 @@ def test_status_exits_as_a_job_script_needs_it(tmp_path: Path, capsys, state: st
 
 def test_a_fine_tuning_with_seeds_is_done_when_all_are(tmp_path: Path, capsys):
     for seed, state in ((0, "done"), (1, "stopped")):
-        claim = lock_run(tmp_path / f"seed-{seed}", "night")
-        write_status(claim, state, 9 + seed, "SIGUSR1" if state == "stopped" else "")
-        release_run(claim)
+        run_lock = lock_run(tmp_path / f"seed-{seed}", "night")
+        write_status(run_lock, state, 9 + seed, "SIGUSR1" if state == "stopped" else "")
+        release_run(run_lock)
     status, (line,) = run(capsys, "--run", tmp_path, "--status")
     assert (status, AGE.sub("AGE", line)) == (75, "stopped, step 10, SIGUSR1; launch night, heartbeat AGE ago")
-    claim = lock_run(tmp_path / "seed-1", "day")
-    write_status(claim, "done", 12)
-    release_run(claim)
+    run_lock = lock_run(tmp_path / "seed-1", "day")
+    write_status(run_lock, "done", 12)
+    release_run(run_lock)
     status, (line,) = run(capsys, "--run", tmp_path, "--status")
     assert (status, AGE.sub("AGE", line)) == (
         75,

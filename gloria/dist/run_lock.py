@@ -77,37 +77,37 @@ def lock_run(
             warn(f"{run_dir}: launch {dead.launch} on {dead.host} died without a word; its run is taken over")
             break
         time.sleep(0.1)
-    claim = RunLock(run_dir, launch)
-    claim.thread = threading.Thread(target=_beat, args=(claim, beat_seconds), name="heartbeat", daemon=True)
-    claim.thread.start()
-    return claim
+    run_lock = RunLock(run_dir, launch)
+    run_lock.thread = threading.Thread(target=_beat, args=(run_lock, beat_seconds), name="heartbeat", daemon=True)
+    run_lock.thread.start()
+    return run_lock
 
 
-def write_status(claim: RunLock, status: str, step: int, reason: str = "") -> None:
-    """Put a new state into `status.json` at once (heartbeats repeat it). A lost claim writes nothing."""
+def write_status(run_lock: RunLock, status: str, step: int, reason: str = "") -> None:
+    """Put a new state into `status.json` at once (heartbeats repeat it). A lost lock writes nothing."""
     assert status in STATUSES, status
-    with claim.writing:
-        claim.status, claim.step, claim.reason = status, step, reason
-        if not claim.lost and _holds(claim):
-            _write_status_file(claim)
+    with run_lock.writing:
+        run_lock.status, run_lock.step, run_lock.reason = status, step, reason
+        if not run_lock.lost and _holds(run_lock):
+            _write_status_file(run_lock)
 
 
-def release_run(claim: RunLock) -> None:
+def release_run(run_lock: RunLock) -> None:
     """End the heartbeat and give the lock back; write the last status before."""
-    claim.ended.set()
-    if claim.thread is not None:
-        claim.thread.join()
-    if _holds(claim):
-        remove_folder(claim.run_dir / LOCK)  # where that fails, the next launch finds this process gone
+    run_lock.ended.set()
+    if run_lock.thread is not None:
+        run_lock.thread.join()
+    if _holds(run_lock):
+        remove_folder(run_lock.run_dir / LOCK)  # where that fails, the next launch finds this process gone
 
 
-def record_end(claim: RunLock, status: str, step: int, reason: str) -> None:
+def record_end(run_lock: RunLock, status: str, step: int, reason: str) -> None:
     """The last status, and the lock given back, also where the disk is full: that must not keep a run from ending."""
     try:
-        write_status(claim, status, step, reason)
+        write_status(run_lock, status, step, reason)
     except OSError as error:
-        warn(f"{claim.run_dir / STATUS}: cannot be written ({error}); the run has ended as {status}: {reason}")
-    release_run(claim)
+        warn(f"{run_lock.run_dir / STATUS}: cannot be written ({error}); the run has ended as {status}: {reason}")
+    release_run(run_lock)
 
 
 def read_status(run_dir: Path) -> RunStatus:
@@ -143,40 +143,40 @@ class _Holder:
     started: str = ""
 
 
-def _beat(claim: RunLock, beat_seconds: float) -> None:
+def _beat(run_lock: RunLock, beat_seconds: float) -> None:
     failing = False
-    while not claim.ended.wait(beat_seconds):
+    while not run_lock.ended.wait(beat_seconds):
         try:
-            if not _holds(claim):
-                claim.lost = True
-                warn(f"{claim.run_dir}: another launch has taken the run over; launch {claim.launch} must end")
+            if not _holds(run_lock):
+                run_lock.lost = True
+                warn(f"{run_lock.run_dir}: another launch has taken the run over; launch {run_lock.launch} must end")
                 return
-            os.utime(claim.run_dir / LOCK)
-            with claim.writing:
-                _write_status_file(claim, durable=False)
+            os.utime(run_lock.run_dir / LOCK)
+            with run_lock.writing:
+                _write_status_file(run_lock, durable=False)
             failing = False
         except OSError as error:  # a file server away for a while must not end a run
             if not failing:
-                warn(f"{claim.run_dir}: the heartbeat cannot be written ({error}); trying on")
+                warn(f"{run_lock.run_dir}: the heartbeat cannot be written ({error}); trying on")
             failing = True
 
 
-def _write_status_file(claim: RunLock, durable: bool = True) -> None:
+def _write_status_file(run_lock: RunLock, durable: bool = True) -> None:
     content = {
-        "status": claim.status,
-        "step": claim.step,
-        "reason": claim.reason,
-        "launch": claim.launch,
+        "status": run_lock.status,
+        "step": run_lock.step,
+        "reason": run_lock.reason,
+        "launch": run_lock.launch,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "heartbeat": time.time(),
     }
-    write_whole(claim.run_dir / STATUS, to_json(content), durable=durable)
+    write_whole(run_lock.run_dir / STATUS, to_json(content), durable=durable)
 
 
-def _holds(claim: RunLock) -> bool:
+def _holds(run_lock: RunLock) -> bool:
     try:
-        return _read_lock(claim.run_dir / LOCK)[0].launch == claim.launch
+        return _read_lock(run_lock.run_dir / LOCK)[0].launch == run_lock.launch
     except FileNotFoundError:
         return False
 

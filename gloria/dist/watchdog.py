@@ -46,7 +46,7 @@ class Watchdog:
     patience: float  # seconds, for start-up, the first step and checkpoints
     limit: float  # seconds, for all else
     launch: str = ""
-    claim: RunLock | None = None  # rank 0's
+    run_lock: RunLock | None = None  # rank 0's
     step: int = 0
     phase: str = PHASES[0]
     since: float = 0.0
@@ -118,8 +118,8 @@ def slow_ranks(watch: Watchdog, seconds: float) -> str:
 
 def leave(watch: Watchdog, status: str, step: int, reason: str, code: int) -> NoReturn:
     """End this process at once: what is left of the process group would wait for ranks that will not come."""
-    if watch.claim:
-        record_end(watch.claim, status, step, reason)
+    if watch.run_lock:
+        record_end(watch.run_lock, status, step, reason)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nothing is left that could be said
             stream.flush()

@@ -63,12 +63,12 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
     try:
         if watch.world == 1:
             close(run, status, reason)
-        elif run.log and not watch.claim.lost:
+        elif run.log and not watch.run_lock.lost:
             run.log.event(step, status, reason=reason)
     except OSError as last:
         warn(f"{run.folder}: its last event cannot be written ({last})")
-        if watch.world == 1 and watch.claim:
-            record_end(watch.claim, status, step, reason)
+        if watch.world == 1 and watch.run_lock:
+            record_end(watch.run_lock, status, step, reason)
     if watch.world > 1:
         leave(watch, status, step, reason, code)
     return code

@@ -212,9 +212,9 @@ def is_done(folder: Path, config: FinetuneConfig, seed: int) -> int:
         raise UserError(*problems)
     before = read_status(folder)
     if before.status != "done":
-        claim = lock_run(folder, before.launch)
-        write_status(claim, "done", before.step)
-        release_run(claim)
+        run_lock = lock_run(folder, before.launch)
+        write_status(run_lock, "done", before.step)
+        release_run(run_lock)
     return 1
 
 

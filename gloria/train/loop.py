@@ -172,8 +172,8 @@ def finish_step(run: Run, pending: PendingStep) -> str:
         report_step(run, pending, sums)
     if run.log:
         run.log.progress(pending.step)
-    if run.claim:
-        run.claim.step = pending.step
+    if run.run_lock:
+        run.run_lock.step = pending.step
 
     checkpointing.poll(run, sums)
     if run.skips_in_a_row >= run.config.train.max_skips:

@@ -30,8 +30,8 @@ _TOLD_ELSEWHERE = ("data.", "train.global_batch", "train.sequence_length", "sche
 def leave_if_asked(watch: Watchdog, step: int) -> None:
     """End all ranks, the run stopped at `step`, if one was asked to: before the minutes that loading may take."""
     if on_any_rank(bool(stop_reason())):
-        if watch.claim:
-            write_status(watch.claim, "stopped", step, stop_reason() or ASKED)
+        if watch.run_lock:
+            write_status(watch.run_lock, "stopped", step, stop_reason() or ASKED)
         raise SystemExit(0)
 
 

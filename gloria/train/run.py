@@ -120,9 +120,9 @@ class Run:
         return self.watch.launch
 
     @property
-    def claim(self) -> RunLock | None:
+    def run_lock(self) -> RunLock | None:
         """Rank 0's lock on the run folder."""
-        return self.watch.claim
+        return self.watch.run_lock
 
     @property
     def evaluation_due(self) -> bool:
@@ -142,8 +142,8 @@ def opening(config: Any, process: Process) -> Iterator[Watchdog]:
         yield watch
     except BaseException:
         stop_watch(watch)
-        if watch.claim:
-            release_run(watch.claim)
+        if watch.run_lock:
+            release_run(watch.run_lock)
         raise
 
 
@@ -155,7 +155,7 @@ def lock_and_choose(config: Any, process: Process, folder: Path, watch: Watchdog
     watch.launch = f"{rank0_decides(process, lambda: secrets.randbits(40)):010x}"
 
     def decide() -> int:
-        watch.claim = lock_run(folder, watch.launch)
+        watch.run_lock = lock_run(folder, watch.launch)
         return choose_step(folder, config.run.resume, watch.launch, skip_samples)
 
     step = rank0_decides(process, decide)
@@ -170,7 +170,7 @@ def prepare_folder(run: Run) -> None:
     def prepare() -> int:
         shards = training_state(run.model, run.optimizer)
         check_free_space(run.folder, checkpoint_bytes(shards), run.config.checkpoint.keep)
-        write_status(run.claim, "running", run.step)
+        write_status(run.run_lock, "running", run.step)
         return 0
 
     rank0_decides(run.process, prepare)
@@ -196,14 +196,14 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     run.watch.beat(run.step, "end", slow=True)
     run.objective.close()
     dist.barrier()
-    if run.log and not run.claim.lost:
+    if run.log and not run.run_lock.lost:
         shown = f"{status} at step {run.step}{': ' if reason else ''}{reason}"
         shown += "; the same command goes on from here" if status == "stopped" else ""
         run.log.event(run.step, status, shown, **({"reason": reason} if reason else {}))
     if run.log:
         run.log.close()
-    if run.claim:
-        record_end(run.claim, status, run.step, reason)
+    if run.run_lock:
+        record_end(run.run_lock, status, run.step, reason)
     stop_watch(run.watch)
 
 
@@ -214,7 +214,7 @@ def flags_of(run: Run) -> Flags:
         stop=bool(stop_reason()) or run.failed_saves >= MAX_FAILED_SAVES,
         save_done=state == SaveState.DONE,
         save_failed=state == SaveState.FAILED,
-        lock_lost=run.claim is not None and run.claim.lost,
+        lock_lost=run.run_lock is not None and run.run_lock.lost,
     )
 
 

@@ -18,12 +18,12 @@ from tests.world import WorldError, run_world
 
 
 @pytest.fixture
-def claims():
-    """Claims made in a test, released at its end."""
+def run_locks():
+    """Locks taken in a test, released at its end."""
     made: list[RunLock] = []
     yield made
-    for claim in made:
-        release_run(claim)
+    for run_lock in made:
+        release_run(run_lock)
 
 
 def forge_lock(run_dir: Path, *, age: float = 0.0, **values) -> Path:
@@ -36,21 +36,21 @@ def forge_lock(run_dir: Path, *, age: float = 0.0, **values) -> Path:
 
 
 def test_a_run_tells_how_it_stands_and_lets_go_of_the_lock(tmp_path: Path):
-    claim = lock_run(tmp_path / "run", "first")
+    run_lock = lock_run(tmp_path / "run", "first")
     before = time.time()
-    write_status(claim, "running", 7)
+    write_status(run_lock, "running", 7)
     seen = read_status(tmp_path / "run")
     assert (seen.status, seen.step, seen.launch, seen.alive) == ("running", 7, "first", True)
     assert before <= seen.heartbeat <= time.time()
-    write_status(claim, "stopped", 9, "SIGUSR1")
-    release_run(claim)
+    write_status(run_lock, "stopped", 9, "SIGUSR1")
+    release_run(run_lock)
     assert os.listdir(tmp_path / "run") == ["status.json"]
     seen = read_status(tmp_path / "run")
     assert (seen.status, seen.step, seen.reason, seen.alive) == ("stopped", 9, "SIGUSR1", False)
 
 
-def test_a_second_launch_on_a_live_run_is_refused_in_one_line(tmp_path: Path, claims):
-    claims.append(lock_run(tmp_path, "first"))
+def test_a_second_launch_on_a_live_run_is_refused_in_one_line(tmp_path: Path, run_locks):
+    run_locks.append(lock_run(tmp_path, "first"))
     with pytest.raises(UserError) as error:
         lock_run(tmp_path, "second")
     assert str(error.value) == (
@@ -60,18 +60,18 @@ def test_a_second_launch_on_a_live_run_is_refused_in_one_line(tmp_path: Path, cl
 
 
 def die_holding(rank: int, world: int, run_dir: Path) -> None:
-    claim = lock_run(run_dir, "dead")
-    write_status(claim, "running", 3)
+    run_lock = lock_run(run_dir, "dead")
+    write_status(run_lock, "running", 3)
     os._exit(9)
 
 
-def test_a_launch_that_died_on_this_machine_is_taken_over_at_once(tmp_path: Path, claims, capsys):
+def test_a_launch_that_died_on_this_machine_is_taken_over_at_once(tmp_path: Path, run_locks, capsys):
     with pytest.raises(WorldError):
         run_world(die_holding, 1, tmp_path)
     assert read_status(tmp_path).status == "running"
     assert not read_status(tmp_path).alive
     capsys.readouterr()
-    claims.append(lock_run(tmp_path, "next"))
+    run_locks.append(lock_run(tmp_path, "next"))
     printed = capsys.readouterr()
     assert printed.out == "", "it does not wait for a heartbeat"
     assert printed.err == (
@@ -81,43 +81,43 @@ def test_a_launch_that_died_on_this_machine_is_taken_over_at_once(tmp_path: Path
     assert not (tmp_path / "lock.takeover").exists()
 
 
-def test_a_process_id_given_to_somebody_else_is_no_life(tmp_path: Path, claims):
+def test_a_process_id_given_to_somebody_else_is_no_life(tmp_path: Path, run_locks):
     forge_lock(tmp_path, pid=os.getpid(), started="1")
-    claims.append(lock_run(tmp_path, "next"))
+    run_locks.append(lock_run(tmp_path, "next"))
 
 
-def test_another_machines_lock_without_a_heartbeat_is_taken_over(tmp_path: Path, claims, capsys):
+def test_another_machines_lock_without_a_heartbeat_is_taken_over(tmp_path: Path, run_locks, capsys):
     forge_lock(tmp_path, machine="node7", host="node7", age=100)
-    claims.append(lock_run(tmp_path, "next"))
+    run_locks.append(lock_run(tmp_path, "next"))
     seen = capsys.readouterr()
     assert seen.out == ""
     assert seen.err == f"warning: {tmp_path}: launch other on node7 died without a word; its run is taken over\n"
 
 
-def test_another_machines_fresh_lock_is_watched_until_it_is_stale(tmp_path: Path, claims, monkeypatch, capsys):
+def test_another_machines_fresh_lock_is_watched_until_it_is_stale(tmp_path: Path, run_locks, monkeypatch, capsys):
     forge_lock(tmp_path, machine="node7", host="node7")
     ages = iter([0.0, 0.0, 0.05, 0.11])
     monkeypatch.setattr(status, "_age", lambda *_: next(ages))
-    claims.append(lock_run(tmp_path, "next", stale_seconds=0.1))
+    run_locks.append(lock_run(tmp_path, "next", stale_seconds=0.1))
     assert list(ages) == []
     assert capsys.readouterr().out == (f"{tmp_path}: held by launch other on node7; waiting for its heartbeat\n")
 
 
-def test_another_machines_lock_that_beats_is_live(tmp_path: Path, claims, monkeypatch):
-    claims.append(lock_run(tmp_path, "first", beat_seconds=0.1))
+def test_another_machines_lock_that_beats_is_live(tmp_path: Path, run_locks, monkeypatch):
+    run_locks.append(lock_run(tmp_path, "first", beat_seconds=0.1))
     monkeypatch.setattr(status, "_machine", lambda: "node8")  # as the second launch sees it
     with pytest.raises(UserError, match="launch first is running there"):
         lock_run(tmp_path, "second", stale_seconds=100)
 
 
-def test_a_lock_that_cannot_be_read_is_judged_by_its_age(tmp_path: Path, claims):
+def test_a_lock_that_cannot_be_read_is_judged_by_its_age(tmp_path: Path, run_locks):
     lock = tmp_path / "lock"
     lock.write_text("half a li")
     os.utime(lock, (1, 1))
-    claims.append(lock_run(tmp_path, "next"))
+    run_locks.append(lock_run(tmp_path, "next"))
 
 
-def claim_at_once(rank: int, world: int, run_dir: Path, rounds: int) -> list[bool]:
+def lock_at_once(rank: int, world: int, run_dir: Path, rounds: int) -> list[bool]:
     import torch.distributed as dist
 
     won = []
@@ -140,17 +140,17 @@ def test_of_launches_at_once_one_wins(tmp_path: Path, dead: bool):
         (tmp_path / str(number)).mkdir()
         if dead:
             forge_lock(tmp_path / str(number), pid=os.getpid(), started="1")
-    wins = run_world(claim_at_once, 4, tmp_path, rounds)
+    wins = run_world(lock_at_once, 4, tmp_path, rounds)
     assert [sum(round_) for round_ in zip(*wins)] == [1] * rounds
 
 
 def test_a_launch_that_lost_its_run_knows_and_writes_nothing_more(tmp_path: Path, capsys):
-    claim = lock_run(tmp_path, "asleep", beat_seconds=0.05)
-    write_status(claim, "running", 1)
+    run_lock = lock_run(tmp_path, "asleep", beat_seconds=0.05)
+    write_status(run_lock, "running", 1)
     forge_lock(tmp_path)
-    wait_until(lambda: claim.lost)
-    write_status(claim, "done", 2)
-    release_run(claim)
+    wait_until(lambda: run_lock.lost)
+    write_status(run_lock, "done", 2)
+    release_run(run_lock)
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
     assert json.loads((tmp_path / "lock").read_text())["launch"] == "other"
     assert capsys.readouterr().err == (
@@ -158,19 +158,19 @@ def test_a_launch_that_lost_its_run_knows_and_writes_nothing_more(tmp_path: Path
     )
 
 
-def test_the_heartbeat_goes_on_while_a_step_takes_long(tmp_path: Path, claims):
-    claims.append(lock_run(tmp_path, "slow", beat_seconds=0.05))
-    write_status(claims[0], "running", 1)
+def test_the_heartbeat_goes_on_while_a_step_takes_long(tmp_path: Path, run_locks):
+    run_locks.append(lock_run(tmp_path, "slow", beat_seconds=0.05))
+    write_status(run_locks[0], "running", 1)
     before = (tmp_path / "lock").stat().st_mtime_ns, read_status(tmp_path).heartbeat
-    claims[0].step = 2
+    run_locks[0].step = 2
     wait_until(lambda: (tmp_path / "lock").stat().st_mtime_ns > before[0])
     wait_until(lambda: read_status(tmp_path).heartbeat > before[1])
     assert read_status(tmp_path).step == 2
 
 
-def test_a_disk_away_for_a_while_does_not_end_the_heartbeat(tmp_path: Path, claims, monkeypatch, capsys):
+def test_a_disk_away_for_a_while_does_not_end_the_heartbeat(tmp_path: Path, run_locks, monkeypatch, capsys):
     write = status.write_whole
-    claims.append(lock_run(tmp_path, "first", beat_seconds=0.05))
+    run_locks.append(lock_run(tmp_path, "first", beat_seconds=0.05))
     failed = []
 
     def fail(*_, **__):

@@ -184,7 +184,7 @@ def test_a_launch_whose_run_was_taken_over_stops_and_writes_nothing(
 
     def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if run.step == 6 and torch.is_grad_enabled() != in_validation:
-            run.claim.lost = True
+            run.run_lock.lost = True
         return honest(run, tokens, labels)
 
     monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", row_loss_sums)

@@ -254,9 +254,9 @@ def test_going_back_sets_aside_what_came_after_and_says_so(recipe, go, capsys):
 
 def test_a_live_run_is_left_alone_and_a_full_disk_is_told_before_the_first_step(recipe, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
-    claim = lock_run(run_dir, "other")
+    run_lock = lock_run(run_dir, "other")
     assert run_command(gloria.pretrain.main, flags(recipe, run__dir=run_dir)) == 2
-    release_run(claim)
+    release_run(run_lock)
     assert capsys.readouterr().err.splitlines() == [
         f"error: {run_dir}: launch other is running there (process {os.getpid()}, {os.uname().nodename}); wait for its "
         "end, or give this run another run.dir"

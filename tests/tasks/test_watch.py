@@ -96,9 +96,9 @@ ALL = [(step, *record) for step in (4, 8, 12) for record in RECORDS]
 
 
 def set_status(run: Path, status: str, step: int = 12, reason: str = "") -> None:
-    claim = lock_run(run, "test")
-    write_status(claim, status, step, reason)
-    release_run(claim)
+    run_lock = lock_run(run, "test")
+    write_status(run_lock, status, step, reason)
+    release_run(run_lock)
 
 
 def test_every_checkpoint_is_scored_once_in_order_as_plain_evaluation_does(run, data, tmp_path, capsys):
@@ -279,10 +279,10 @@ def test_a_failure_that_is_tried_again_at_once_is_no_end(run):
     watcher = watching.Watcher(run, {})
     set_status(run, "failed")
     assert watcher.look() == watching.WAIT
-    claim = lock_run(run, "again")
+    run_lock = lock_run(run, "again")
     assert watcher.look() == watching.WAIT
-    write_status(claim, "done", 12)
-    release_run(claim)
+    write_status(run_lock, "done", 12)
+    release_run(run_lock)
     assert [watcher.look(), watcher.look()] == [watching.WAIT, watching.DONE]
 
 
