@@ -67,10 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Look and report; exit status 2 where something is wrong."""
     environment = read_environment()
     config, plan, problem = _read_recipe(argv)
-    try:
-        start_process_group("cpu", WAIT_MINUTES)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(_not_joined(environment, error)) from None
+    start_process_group("cpu", WAIT_MINUTES)
     facts = gather(
         {
             "node": socket.gethostname(),
@@ -127,16 +124,6 @@ def gpus() -> list[str]:
     """Name and memory of each GPU that this rank sees."""
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [f"{card.name}, {card.total_memory / 2**30:.0f} GB" for card in found]
-
-
-def _not_joined(environment: Environment, error: Exception) -> str:
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    reason = str(error).partition("\n")[0][:200]
-    return (
-        f"rank {environment.rank} on {socket.gethostname()}: the {environment.world} ranks do not find each other at "
-        f"{where} within {WAIT_MINUTES:g} min ({reason}); are all of them started, and does a firewall or "
-        "GLORIA_INTERFACE stand between?"
-    )
 
 
 def _read_recipe(argv: list[str] | None) -> tuple[PretrainConfig | None, RunPlan | None, str]:

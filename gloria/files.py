@@ -148,9 +148,9 @@ def read_json_object(path: Path, remedy: str, limit: int = MAX_JSON_BYTES) -> di
         raise UserError(*(f"{problem}; {remedy}" for problem in error.problems)) from None
 
 
-def brief(error: Exception) -> str:
-    """An exception in one short line, also where its message quotes what somebody else wrote."""
-    text = repr(error)
+def brief(value: object) -> str:
+    """An exception, or a value that somebody else wrote, in one short line."""
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

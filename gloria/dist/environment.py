@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -37,27 +38,23 @@ def read_environment() -> Environment:
                 f"environment: {' and '.join(missing)} is not set though {' or '.join(set(names) - set(missing))} is; "
                 "start the run with torchrun, or unset both for one process"
             )
-        world = _number("WORLD_SIZE")
-        return Environment(
-            rank=_number("RANK"),
-            world=world,
-            local_rank=_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else _number("RANK"),
-            local_world=_number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world,
-            launcher="torchrun",
-        )
+        world = _number("WORLD_SIZE", at_least=1)
+        rank = _number("RANK", below=world)
+        local_world = _number("LOCAL_WORLD_SIZE", at_least=1) if "LOCAL_WORLD_SIZE" in os.environ else world
+        local_rank = _number("LOCAL_RANK", below=local_world) if "LOCAL_RANK" in os.environ else rank
+        return Environment(rank, world, local_rank, local_world, "torchrun")
     # SLURM_STEP_ID is set by srun alone: in the batch script itself SLURM_NTASKS counts ranks that don't exist.
-    if "SLURM_STEP_ID" in os.environ and int(get("SLURM_NTASKS", "1")) > 1:
-        world = _number("SLURM_NTASKS")
-        environment = Environment(
-            rank=_number("SLURM_PROCID"),
-            world=world,
-            local_rank=_number("SLURM_LOCALID"),
-            local_world=int(get("SLURM_STEP_TASKS_PER_NODE", str(world)).split("(")[0].split(",")[0]),
-            launcher="srun",
-        )
+    if "SLURM_STEP_ID" in os.environ and get("SLURM_NTASKS", "1") != "1":
+        world = _number("SLURM_NTASKS", at_least=1)
+        local_world = world
+        if "SLURM_STEP_TASKS_PER_NODE" in os.environ:  # such as 3(x2),1: of the first nodes, and of the others
+            local_world = _number("SLURM_STEP_TASKS_PER_NODE", at_least=1, end="[(,].*")
+        rank, local_rank = _number("SLURM_PROCID", below=world), _number("SLURM_LOCALID")
+        environment = Environment(rank, world, local_rank, local_world, "srun")
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_node(get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST", ""))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(get("SLURM_JOB_ID", "0")) % 12000))
+        job = _number("SLURM_JOB_ID") if "SLURM_JOB_ID" in os.environ else 0
+        os.environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
         return environment
     return Environment(rank=0, world=1, local_rank=0, local_world=1, launcher="python")
 
@@ -81,14 +78,22 @@ def omp_threads_are_torchruns(environment: Environment) -> bool:
 def check_rendezvous(environment: Environment) -> None:
     """A `UserError` where the ranks cannot meet: torch itself would try on until its time-out, half an hour.
 
-    Looks at the address on every rank and, where `srun` started it, at the port on rank 0, which is to listen there
-    (under torchrun its agent listens already).
+    Looks at gloo's interface and the address on every rank and, where `srun` started it, at the port on rank 0, which
+    is to listen there (under torchrun its agent listens already).
     """
+    interfaces = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in interfaces:
+            raise UserError(
+                f"environment: GLOO_SOCKET_IFNAME={name}: {socket.gethostname()} has no such interface; "
+                f"name one of {', '.join(interfaces)}, or unset it"
+            )
     if environment.launcher == "python":
         return
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     place = f"environment: MASTER_ADDR={address} MASTER_PORT={port}"
     try:
+        _number("MASTER_PORT", at_least=1, below=65536)
         family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise UserError(
@@ -107,13 +112,14 @@ def check_rendezvous(environment: Environment) -> None:
                 ) from None
 
 
-def _number(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except (KeyError, ValueError):
-        raise UserError(
-            f"environment: {name}={os.environ.get(name)!r} is not a rank number; start the run with torchrun or srun"
-        ) from None
+def _number(name: str, *, at_least: int = 0, below: int | None = None, end: str = "") -> int:
+    """A whole number in the environment, of which a regular expression may leave out the `end`."""
+    text = os.environ.get(name)
+    found = re.fullmatch(f"([0-9]{{1,18}})({end})?", text or "")
+    if not found or int(found[1]) < at_least or (below is not None and int(found[1]) >= below):
+        bound = f"from {at_least} to {below - 1}" if below is not None else f"of at least {at_least}"
+        raise UserError(f"environment: {name}={text!r} is not a number {bound}; start the run with torchrun or srun")
+    return int(found[1])
 
 
 def _first_node(node_list: str) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +18,8 @@ import torch.distributed as dist
 from gloria.dist.environment import Environment, check_rendezvous, omp_threads_are_torchruns, read_environment
 from gloria.errors import UserError
 from gloria.files import os_errors
+
+QUIET_SECONDS = 20.0  # of waiting for the other ranks, before a line says so
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,48 @@ def start_process_group(device: str, timeout_minutes: float) -> Process:
             print(f"{'threads':<11} {torch.get_num_threads()} a rank: {why}", flush=True)
         backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that torch remembers, for dist.watch to write
+    # Collectives that torch remembers, for dist.watchdog to write.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if environment.world == 1 and environment.launcher == "python":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         if environment.launcher == "srun":
             os.environ.update(RANK=str(environment.rank), WORLD_SIZE=str(environment.world))
-        dist.init_process_group(backend, timeout=timeout, device_id=target if kind == "cuda" else None)
+        with _meeting(environment, timeout_minutes):
+            dist.init_process_group(backend, timeout=timeout, device_id=target if kind == "cuda" else None)
     return Process(environment.rank, environment.world, target)
+
+
+@contextmanager
+def _meeting(environment: Environment, minutes: float) -> Iterator[None]:
+    """Say that this rank waits for the others; SIGTERM and Ctrl-C end it meanwhile, and `UserError` where they fail.
+
+    Torch waits in native code, where no handler of ours would run.
+    """
+    who, place = f"rank {environment.rank}", f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    met = threading.Event()
+
+    def report() -> None:
+        if not met.wait(QUIET_SECONDS):
+            print(f"{who}: waiting for the other {environment.world - 1} at {place}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, name="meeting", daemon=True)
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # torch's own, of which some have no class
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{who} on {socket.gethostname()}: the {environment.world} ranks do not find each other at {place} within "
+            f"{minutes:g} min ({reason}); are all of them started, and does a firewall or GLORIA_INTERFACE stand "
+            "between?"
+        ) from None
+    finally:
+        met.set()
+        thread.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def choose_device(device: str, environment: Environment) -> str:
@@ -111,14 +151,14 @@ def rank0_decides(process: Process, decide: Callable[[], int]) -> int:
 
 
 def on_any_rank(here: bool) -> bool:
-    """Whether it is so on any rank; every rank asks, and gets the same answer."""
+    """Whether `here` is true on any rank: a collective, with the same answer on every rank."""
     count = torch.tensor(int(here))
     dist.all_reduce(count)
     return bool(count)
 
 
 def leave_process_group() -> None:
-    """Leave without waiting for the other ranks: they end on their own, at the same mistake or by rank 0's word."""
+    """Leave without waiting for the other ranks: they end on their own, at the same mistake or when rank 0 ends."""
     dist.destroy_process_group()
 
 

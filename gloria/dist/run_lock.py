@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from gloria.errors import UserError, warn
@@ -69,6 +69,8 @@ def lock_run(
     taken over at once; one of another machine is watched until it beats (refused) or is stale (taken over,
     with a `warning:` line).
     """
+    if "\0" in str(run_dir):
+        raise UserError(f"run.dir: {str(run_dir)!r} cannot be the name of a folder; choose another")
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = run_dir / LOCK
     while not _create(lock, _lock_bytes(launch)):
@@ -204,9 +206,11 @@ def _read_lock(lock: Path) -> tuple[_Holder, int]:
     """Who holds the lock, and its modification time in ns. FileNotFoundError when there is none."""
     modified = os.stat(lock, follow_symlinks=False).st_mtime_ns
     try:
-        return _Holder(**parse_json_object(read_bounded(lock, limit=4096), lock)), modified
+        holder = _Holder(**parse_json_object(read_bounded(lock, limit=4096), lock))
     except (UserError, TypeError):  # caught while being written, or not one of ours: only its age can tell
         return _Holder(), modified
+    kinds = all(type(getattr(holder, field.name)) is type(field.default) for field in fields(_Holder))
+    return (holder if kinds else _Holder()), modified
 
 
 def _find_dead(lock: Path, stale_seconds: float) -> _Holder | None:
@@ -237,7 +241,7 @@ def _take_over(lock: Path, dead: _Holder, launch: str, stale_seconds: float) -> 
     mutex = lock.with_name(f"{LOCK}.takeover")
     if not _create(mutex, _lock_bytes(launch)):
         with contextlib.suppress(FileNotFoundError):
-            if _age(mutex, os.stat(mutex).st_mtime_ns) > stale_seconds:
+            if _age(mutex, os.lstat(mutex).st_mtime_ns) > stale_seconds:
                 mutex.unlink()  # its maker died in the few lines below
         return False
     try:

@@ -45,6 +45,16 @@ class ScheduleConfig:
     decay_steps: int | None = option(None, "wsd: steps of the decay at the end of the run", minimum=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedSchedule(ScheduleConfig):
+    """What a checkpoint remembers of the schedule: `state_dict`."""
+
+    base_lr: float = option(help="peak", minimum=0)
+    step: int = option(help="steps done", minimum=0)
+    total_steps: int = option(help="of the run", minimum=1)
+    lr: float = option(help="of this step", minimum=0)
+
+
 def problems(config: ScheduleConfig, total_steps: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
     """Contradictions in a schedule as (keys, what); `total_steps` is None while it is not known yet."""
     for kind, keys in _KEYS_OF_KIND.items():

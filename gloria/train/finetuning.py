@@ -15,7 +15,7 @@ from torch import Tensor
 from gloria.config.cli import to_mapping
 from gloria.config.schema import flatten
 from gloria.dist.agreement import on_all_ranks, require_same
-from gloria.dist.checkpoint_read import open_reader, read_trainer
+from gloria.dist.checkpoint_read import open_reader
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.run_lock import STATUS, lock_run, read_status, release_run, write_status
@@ -52,6 +52,7 @@ from gloria.tasks.task import Task
 from gloria.train.finetune_config import FinetuneConfig
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter
+from gloria.train.resume import read_run_state
 from gloria.train.run import (
     Run,
     begin_log,
@@ -276,7 +277,8 @@ def _about(run: Run, encoded: Encoded, cut: str, precision: str) -> list[str]:
 
 def _load(run: Run, checkpoint: Path) -> list[str]:
     """Everything from a checkpoint, if it is of the very same run; a line for each change since."""
-    trainer, objective = read_trainer(checkpoint), run.objective
+    trainer, saved = read_run_state(checkpoint, "seed")
+    objective = run.objective
     problems = recipe_changes(run.folder, trainer, run.config, run.seed)
     if not problems and trainer.get("rows") != objective.fingerprint:
         problems = [
@@ -288,7 +290,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
     # Of the model that is there: a launch that was killed after this checkpoint may have found a better one since.
     if is_finetuned(run.folder / MODEL):
         objective.best = {key: read_task_file(run.folder / MODEL)[key] for key in ("step", "scores")}
-    return load_checkpoint(run, open_reader(checkpoint), trainer)
+    return load_checkpoint(run, open_reader(checkpoint), trainer, saved)
 
 
 def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig, seed: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gloria.config.schema import option
 from gloria.dist.gpus import card_of_cuda_name
 from gloria.dist.step_sums import StepSums
 
@@ -28,6 +29,19 @@ def peak_memory(device_type: str) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class SavedMeter:
+    """What a checkpoint remembers of the meter: `Meter.state_dict`."""
+
+    steps: int = option(help="since the last line of the log", minimum=0)
+    skipped: int = option(help="of them", minimum=0)
+    grad_norm: float | None = option(help="of the last step that was applied", minimum=0)
+    loss: dict[str, float] = option(help="sums by group")
+    rows: dict[str, int] = option(help="counts by group", minimum=0)
+    overflows: int = option(0, "of the loss scale", minimum=0)
+    metrics: dict[str, float] = option({}, "sums by name")
 
 
 @dataclass

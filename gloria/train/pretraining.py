@@ -17,7 +17,7 @@ from gloria.data.corpus import Corpus
 from gloria.data.loader import Loader, validation_windows
 from gloria.data.mixture import Mixture
 from gloria.data.stream import TokenStream
-from gloria.dist.checkpoint_read import open_reader, read_trainer
+from gloria.dist.checkpoint_read import open_reader
 from gloria.dist.manifest import checkpoint_path
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.rank_log import open_rank_log
@@ -34,7 +34,7 @@ from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter, peak_flops
 from gloria.train.metrics import perplexity
-from gloria.train.resume import changes_since
+from gloria.train.resume import changes_since, read_run_state
 from gloria.train.run import (
     TAKEN_OVER,
     Run,
@@ -302,7 +302,8 @@ def _initialise(run: Run) -> None:
 
 def _load(run: Run, checkpoint: Path) -> list[str]:
     """Everything from a checkpoint; a line for each change since."""
-    trainer, reader = read_trainer(checkpoint), open_reader(checkpoint)
+    trainer, saved = read_run_state(checkpoint, "model", "mixture", "schedule")
+    reader = open_reader(checkpoint)
     objective, data = run.objective, run.config.data
     with located(run.config):
         changes = changes_since(trainer, run.config, objective.plan, reader.step)
@@ -312,7 +313,7 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
         check_epochs(run.config, objective.mixture, run.total_steps)
     # A source of an earlier stage keeps its place among the names, so the meter is made for those of now.
     run.meter = Meter(objective.groups, objective.mixture.sequence_length)
-    return changes + load_checkpoint(run, reader, trainer)
+    return changes + load_checkpoint(run, reader, trainer, saved)
 
 
 def _write_start(run: Run) -> int:

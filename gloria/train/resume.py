@@ -7,21 +7,24 @@ another meaning of the saved state, may not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gloria.config.cli import from_mapping, to_mapping
-from gloria.config.schema import flatten
+from gloria.config.cli import from_mapping, option, to_mapping
+from gloria.config.schema import flatten, keys
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_trainer
-from gloria.dist.manifest import saved_steps
+from gloria.dist.manifest import TRAINER, saved_steps
 from gloria.dist.process import on_any_rank
 from gloria.dist.retention import remove_incomplete, set_aside_newer
 from gloria.dist.run_lock import STATUS, read_status, write_status
 from gloria.dist.signals import ASKED, stop_reason
 from gloria.dist.watchdog import Watchdog
 from gloria.errors import UserError
+from gloria.files import brief
 from gloria.optim import schedules
 from gloria.train.config import PretrainConfig, RunPlan
+from gloria.train.meter import SavedMeter
 
 # Told by the mixture (what it means for the samples), or of no consequence for what is computed.
 _TOLD_ELSEWHERE = ("data.", "train.global_batch", "train.sequence_length", "schedule.", "run.", "dry_run", "verify")
@@ -82,9 +85,51 @@ def _done_since(folder: Path, resume: int, skip_samples: str) -> int:
     if not any(step > resume for step in saved_steps(folder)):
         return 0
     newest = find_checkpoint(folder)
-    recipe, step = flatten(read_trainer(newest)["recipe"]), open_reader(newest).step
+    recipe, step = flatten(read_run_state(newest)[0]["recipe"]), open_reader(newest).step
     same = (recipe.get("run.resume"), recipe.get("data.skip_samples", "")) == (resume, skip_samples)
     return step if same and step > resume else 0
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The fields of a checkpoint's trainer.json, with their kinds and bounds; the mixture checks its own.
+
+    Fine-tuning and pre-training save different ones, and older versions fewer: what is needed is said on reading.
+    """
+
+    seed: int = option(0, "of the run", minimum=0)
+    world: int = option(1, "ranks that saved it", minimum=1)
+    tokens: int = option(0, "consumed", minimum=0)
+    evaluated_step: int | None = option(None, "of the last whole evaluation", minimum=-1)
+    skips: int = option(0, "updates left out", minimum=0)
+    skips_in_a_row: int = option(0, "of them since the last good one", minimum=0)
+    overflows: int = option(0, "of the loss scale", minimum=0)
+    running_norm: list[float] | None = option(None, "of gradients: count, mean, variance", minimum=0)
+    loss_scale: list[float] | None = option(None, "scale and steps since it changed", minimum=0)
+    precision: str | None = option(None, "what was computed with", choices=("fp32", "bf16", "fp16"))
+    schedule: schedules.SavedSchedule | None = None
+    meter: SavedMeter | None = None
+
+
+def read_run_state(checkpoint: Path, *required: str) -> tuple[dict[str, Any], SavedState]:
+    """A checkpoint's trainer.json, as it stands and with its fields checked; `required` must be among them."""
+    state = read_trainer(checkpoint)
+    for older in ("validated_step", "chosen_step"):
+        state.setdefault("evaluated_step", state.get(older))
+    problems = [f"{key}: missing" for key in ("recipe", *required) if key not in state]
+    tables = {key: state.get(key, {}) for key in ("recipe", "model", "mixture")}
+    problems += [
+        f"{key}: must be a table, not {brief(table)}" for key, table in tables.items() if type(table) is not dict
+    ]
+    saved = SavedState()
+    try:
+        saved = from_mapping(SavedState, {key: state[key] for key in keys(SavedState) if key in state}, "state")
+    except UserError as error:
+        problems += [problem.removeprefix("state: ") for problem in error.problems]
+    if problems:
+        remedy = "go on from an older checkpoint with run.resume"
+        raise UserError(*(f"{checkpoint / TRAINER}: {problem}; {remedy}" for problem in problems))
+    return state, saved
 
 
 def changes_since(trainer: Mapping[str, Any], config: PretrainConfig, plan: RunPlan, step: int) -> list[str]:

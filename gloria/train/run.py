@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import gloria
-from gloria.config.cli import from_mapping, option, to_mapping
+from gloria.config.cli import to_mapping
 from gloria.config.schema import flatten
 from gloria.data.corpus import Manifest, source_fingerprint
 from gloria.dist.agreement import require_same, require_shared
 from gloria.dist.checkpoint import Save, SaveState, checkpoint_bytes
 from gloria.dist.checkpoint_read import Reader
 from gloria.dist.loss_scale import loss_scale_for, restore
-from gloria.dist.manifest import TRAINER
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.retention import check_free_space
 from gloria.dist.run_lock import LOCK, RunLock, lock_run, record_end, release_run, write_status
@@ -39,7 +38,7 @@ from gloria.dist.watchdog import Watchdog, start_watch, stop_watch
 from gloria.optim import schedules
 from gloria.train.meter import Meter
 from gloria.train.metrics import RunLog, open_log
-from gloria.train.resume import choose_step, leave_if_asked
+from gloria.train.resume import SavedState, choose_step, leave_if_asked
 
 # Why a run ends in the state of its last checkpoint, before its plan is done (a stop that is requested saves first).
 SKIPS, TAKEN_OVER = UNSAVED = "too many skips", "another launch has taken the run over"
@@ -241,20 +240,6 @@ def commit() -> dict[str, str]:
         return {"commit": "unknown"}  # no git here
 
 
-@dataclass(frozen=True)
-class SavedCounters:
-    """The counters of a run in a checkpoint's trainer.json; their kinds and bounds are checked on loading."""
-
-    tokens: int = option(help="consumed", minimum=0)
-    evaluated_step: int = option(help="of the last whole evaluation", minimum=-1)
-    skips: int = option(0, "updates left out", minimum=0)
-    skips_in_a_row: int = option(0, "of them since the last good one", minimum=0)
-    overflows: int = option(0, "of the loss scale", minimum=0)
-    running_norm: list[float] | None = option(None, "of gradients: count, mean, variance", minimum=0)
-    loss_scale: list[float] | None = option(None, "scale and steps since it changed", minimum=0)
-    precision: str | None = option(None, "what was computed with", choices=("fp32", "bf16", "fp16"))
-
-
 def trainer_state(run: Run) -> dict[str, Any]:
     """All that a checkpoint remembers besides tensors: plain JSON, the same on every rank."""
     return {
@@ -277,20 +262,16 @@ def trainer_state(run: Run) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(run: Run, reader: Reader, trainer: Mapping[str, Any]) -> list[str]:
+def load_checkpoint(run: Run, reader: Reader, trainer: Mapping[str, Any], saved: SavedState) -> list[str]:
     """Tensors and counters of a checkpoint that was saved by any number of ranks; a line for each change since."""
-    # Older checkpoints call it by what the evaluation is.
-    evaluated = trainer.get("validated_step", trainer.get("chosen_step", reader.step))
-    names = SavedCounters.__annotations__
-    known = {"evaluated_step": evaluated} | {name: trainer[name] for name in names if name in trainer}
-    saved = from_mapping(SavedCounters, known, str(reader.path / TRAINER))
     load_training_state(run.model, run.optimizer, reader.read_into)
     if states := reader.read_rng(run.process.rank):
         load_rng_state_dict(states)
     if meter := trainer.get("meter"):
         run.meter.load_state_dict(meter)
     run.first_step = run.step = run.saved_step = reader.step
-    run.tokens, run.evaluated_step, run.overflows = saved.tokens, saved.evaluated_step, saved.overflows
+    run.tokens, run.overflows = saved.tokens, saved.overflows
+    run.evaluated_step = reader.step if saved.evaluated_step is None else saved.evaluated_step
     run.skips, run.skips_in_a_row = saved.skips, saved.skips_in_a_row
     if run.running_norm is not None and saved.running_norm:
         run.running_norm.copy_(torch.tensor(saved.running_norm, dtype=torch.float64))

@@ -4,8 +4,10 @@ ranks that crowd a node's cores, or leave them idle, against the user's word."""
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,11 +97,27 @@ def test_the_batch_script_itself_is_one_process(environ):
         ),
         (
             {"RANK": "x", "WORLD_SIZE": "2"},
-            "environment: RANK='x' is not a rank number; start the run with torchrun or srun",
+            "environment: RANK='x' is not a number from 0 to 1; start the run with torchrun or srun",
         ),
         (
             SRUN | {"SLURM_PROCID": ""},
-            "environment: SLURM_PROCID='' is not a rank number; start the run with torchrun or srun",
+            "environment: SLURM_PROCID='' is not a number from 0 to 5; start the run with torchrun or srun",
+        ),
+        *(
+            (
+                variables,
+                f"environment: {name}={variables[name]!r} is not a number {range_}; "
+                "start the run with torchrun or srun",
+            )
+            for name, range_, variables in (
+                ("RANK", "from 0 to 1", {"RANK": "5", "WORLD_SIZE": "2"}),
+                ("RANK", "from 0 to 1", {"RANK": "-1", "WORLD_SIZE": "2"}),
+                ("WORLD_SIZE", "of at least 1", {"RANK": "0", "WORLD_SIZE": "0"}),
+                ("LOCAL_RANK", "from 0 to 3", TORCHRUN | {"LOCAL_RANK": "4"}),
+                ("SLURM_NTASKS", "of at least 1", SRUN | {"SLURM_NTASKS": "x"}),
+                ("SLURM_STEP_TASKS_PER_NODE", "of at least 1", SRUN | {"SLURM_STEP_TASKS_PER_NODE": "(x2)"}),
+                ("SLURM_JOB_ID", "of at least 0", SRUN | {"SLURM_JOB_ID": "x", "MASTER_ADDR": "gpu03"}),
+            )
         ),
     ],
 )
@@ -127,6 +145,70 @@ def test_an_address_that_does_not_resolve_is_one_line(environ):
     begin = f"environment: MASTER_ADDR=nowhere.invalid MASTER_PORT=21000: does not resolve on {socket.gethostname()} ("
     assert line.startswith(begin)
     assert line.endswith("); export the name of rank 0's node and a number from 1024 to 32767")
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "x", ""])
+def test_a_port_that_is_none_is_one_line(environ, port: str):
+    environ(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    with pytest.raises(UserError) as error:
+        check_rendezvous(Environment(1, 2, 1, 2, "torchrun"))
+    assert error.value.problems == (
+        f"environment: MASTER_PORT={port!r} is not a number from 1 to 65535; start the run with torchrun or srun",
+    )
+
+
+def test_an_interface_that_is_not_there_is_one_line(environ):
+    environ(GLOO_SOCKET_IFNAME="lo,nope")
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=nope: .* has no such interface; name one of .*lo"):
+        check_rendezvous(Environment(0, 1, 0, 1, "python"))
+
+
+ALONE = """
+import sys
+from gloria.dist.process import start_process_group
+from gloria.dist.signals import install_stop_handlers
+from gloria.dist import process
+process.QUIET_SECONDS = 0.1
+install_stop_handlers()
+from gloria.errors import run_command
+sys.exit(run_command(lambda _: start_process_group("cpu", float(sys.argv[1])) and 0))
+"""
+
+
+@pytest.fixture
+def alone(repository):
+    """`alone(minutes)`: the one rank of two that was started, once it says that it waits."""
+    started = []
+
+    def start(minutes: float) -> subprocess.Popen:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        about = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", ALONE, str(minutes)]
+        process = subprocess.Popen(command, env=os.environ | about, cwd=repository, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        lines = iter(process.stderr.readline, "")
+        waits = f"rank 1: waiting for the other 1 at 127.0.0.1:{port}\n"
+        assert waits in lines
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_rank_whose_others_never_come_says_so_and_is_ended_by_sigterm(alone):
+    process = alone(30)
+    process.terminate()
+    assert process.wait(30) == -signal.SIGTERM
+
+
+def test_a_rank_whose_others_never_come_ends(alone):
+    process = alone(0.02)
+    assert process.wait(60) == 2
+    assert "the 2 ranks do not find each other at 127.0.0.1:" in process.stderr.read()
 
 
 def test_a_port_in_use_is_one_line_from_rank_0_under_srun(environ):
