@@ -277,7 +277,7 @@ def load_checkpoint(run: Run, reader: Reader, trainer: Mapping[str, Any], saved:
         run.running_norm.copy_(torch.tensor(saved.running_norm, dtype=torch.float64))
     lines = []
     before = saved.precision or run.precision
-    if before != run.precision and trainer["recipe"]["train"]["precision"] == run.config.train.precision:
+    if before != run.precision and flatten(trainer["recipe"]).get("train.precision") == run.config.train.precision:
         lines.append(f"train.precision: {before} before, {run.precision} now, for the GPUs are others")
     return lines + restore(run.loss_scale, saved.loss_scale)
 
