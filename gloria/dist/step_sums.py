@@ -71,8 +71,9 @@ def pack_sums(
     """
     sums = torch.zeros(_FIXED + 2 * num_groups, dtype=torch.float64, device=grad_square.device)
     sums[0] = grad_square
-    if any(flags):  # rare; the copy from the host is not worth a transfer in every step
-        sums[_FLAGS] = torch.tensor(flags, dtype=torch.float64)
+    for place, flag in enumerate(flags, start=_FLAGS.start):
+        if flag:  # rare; a fill is a kernel, where a copy of the flags from the host would wait for the device
+            sums[place].fill_(1.0)
     sums[_FIXED : _FIXED + num_groups].index_add_(0, row_groups, row_losses.to(torch.float64))
     sums[_FIXED + num_groups :].index_add_(0, row_groups, torch.ones_like(row_losses, dtype=torch.float64))
     own = [value.to(torch.float64).reshape(1) for value in metrics]
@@ -130,12 +131,8 @@ def overflowed(sums: Tensor) -> Tensor:
     return sums[_VERDICT] == _OVERFLOW
 
 
-def unpack_sums(sums: Tensor, num_groups: int, metrics: Sequence[str] = ()) -> StepSums:
-    """Read the reduced tensor, after `decide_update`, on the host; `metrics` are the names of the objective's sums.
-
-    This waits for the device: call it once the next step is queued.
-    """
-    values = sums.cpu().numpy()
+def unpack_sums(values: np.ndarray, num_groups: int, metrics: Sequence[str] = ()) -> StepSums:
+    """Read the reduced sums, after `decide_update`, on the host; `metrics` are the names of the objective's sums."""
     stop_requests, saves_done, saves_failed, locks_lost = (int(count) for count in values[_FLAGS])
     rows = _FIXED + num_groups
     return StepSums(

@@ -33,6 +33,7 @@ from gloria.dist.sharding import (
 from gloria.dist.signals import ASKED, stop_reason
 from gloria.dist.state import training_state
 from gloria.dist.step_sums import StepSums, decide_update, overflowed, pack_sums, unpack_sums
+from gloria.dist.transfer import HostCopy, start_copy_to_host
 from gloria.optim.schedules import learning_rate
 from gloria.train import checkpointing
 from gloria.train.failure import fail
@@ -57,7 +58,7 @@ class PendingStep:
     step: int  # steps done once it is
     lr: float
     tokens: int
-    sums: Tensor  # float64, over all ranks
+    sums: HostCopy  # float64, over all ranks
     metrics: Sequence[str]  # names of the objective's own sums
     seconds: float = 0.0
     data_seconds: float = 0.0
@@ -134,10 +135,11 @@ def take_step(run: Run, batch: StepBatch) -> PendingStep:
     if run.loss_scale is not None:
         coefficient = coefficient / run.loss_scale[0]
         adjust(run.loss_scale, ~overflowed(sums))
+    on_its_way = start_copy_to_host(sums)  # before the update, for which the host need not wait to read them
     update(run.optimizer, gradients, coefficient, good)
     run.optimizer.zero_grad()
     run.step += 1
-    return PendingStep(run.step, lr, batch.tokens, sums, tuple(metrics))
+    return PendingStep(run.step, lr, batch.tokens, on_its_way, tuple(metrics))
 
 
 def forward_backward(run: Run, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,7 +164,7 @@ def forward_backward(run: Run, batch: StepBatch) -> tuple[Tensor, dict[str, Tens
 def finish_step(run: Run, pending: PendingStep) -> str:
     """Read a step's sums on the host and act on them, on all ranks alike; why to stop, or ""."""
     run.watch.beat(pending.step, "sums", slow=pending.step == run.first_step + 1)
-    sums = unpack_sums(pending.sums, len(run.objective.groups), pending.metrics)
+    sums = unpack_sums(pending.sums.read(), len(run.objective.groups), pending.metrics)
     if sums.locks_lost:
         return TAKEN_OVER
     run.tokens += pending.tokens

@@ -24,6 +24,7 @@ from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
 from gloria.dist.signals import ASKED
 from gloria.dist.step_sums import StepSums
+from gloria.dist.transfer import to_device
 from gloria.errors import warn
 from gloria.files import to_json, write_whole
 from gloria.model.config import TransformerConfig
@@ -70,12 +71,12 @@ class Pretraining:
     def next_batch(self, run: Run) -> StepBatch:
         """The rows of this rank; micro-batches are (rows, seq + 1) int64."""
         batch = next(self.loader)
-        tokens = to_device(batch.tokens, run.process.device)  # (rows, seq + 1)
+        # As small as they are on disk; the embedding takes int64.
+        there = to_device({"tokens": batch.tokens, "groups": batch.source}, run.process.device)
         # One rank's rows and the number of passes come out even, see train.config.
-        parts = tokens.split(run.config.train.micro_batch)
-        groups = torch.tensor(batch.source, device=run.process.device)
+        parts = there["tokens"].to(torch.int64).split(run.config.train.micro_batch)
         global_tokens = self.mixture.global_batch * self.mixture.sequence_length
-        return StepBatch(parts, groups, global_tokens, global_tokens)
+        return StepBatch(parts, there["groups"], global_tokens, global_tokens)
 
     def row_losses(self, run: Run, part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed token loss of each window, (rows,); there are no other sums."""
@@ -100,7 +101,7 @@ class Pretraining:
                 chosen = own[number * micro_batch : (number + 1) * micro_batch]
                 tokens = np.zeros((micro_batch, length + 1), stream.dtype)
                 stream.gather(chosen, length, tokens[: len(chosen)])
-                ids = to_device(tokens, process.device)
+                ids = to_device({"tokens": tokens}, process.device)["tokens"].to(torch.int64)
                 labels = ids[:, 1:].clone()
                 labels[len(chosen) :] = -100
                 sums = torch.zeros(3, dtype=torch.float64, device=process.device)
@@ -177,14 +178,6 @@ def row_loss_sums(run: Run, tokens: Tensor, labels: Tensor) -> Tensor:
         ends = (ids == run.objective.plan.corpus.manifest.tokenizer["eos_id"]).long()
         documents = ends.cumsum(dim=1) - ends  # an EOS belongs to the document it ends
     return run.model(ids, labels, documents)
-
-
-def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
-    """Token ids as the embedding takes them (int64); they travel to the device as small as they are on disk."""
-    narrow = torch.from_numpy(tokens)
-    if device.type == "cuda":
-        narrow = narrow.pin_memory().to(device, non_blocking=True)
-    return narrow.to(torch.int64)
 
 
 def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) -> Run:

@@ -57,7 +57,7 @@ def judged(grad_square: float, loss: float, scale: torch.Tensor | None) -> tuple
         torch.tensor(grad_square, dtype=torch.float64), torch.tensor([loss, 1.0]), torch.tensor([0, 1]), 2, Flags()
     )
     norm, good = decide_update(sums, 2, loss_scale=scale)
-    read = unpack_sums(sums, 2)
+    read = unpack_sums(sums.numpy(), 2)
     assert (bool(good), bool(overflowed(sums))) == (read.applied, read.overflow)
     return norm.item(), read
 
@@ -87,7 +87,7 @@ def test_spikes_are_judged_by_unscaled_norms_and_overflows_leave_no_trace_in_the
             grad_square = torch.tensor((norm * scale) ** 2, dtype=torch.float64)
             sums = pack_sums(grad_square, torch.ones(1), torch.tensor([0]), 1, Flags())
             decide_update(sums, 1, running, 4.0, torch.tensor([scale, 0.0]))
-            spikes.append(unpack_sums(sums, 1).spike)
+            spikes.append(unpack_sums(sums.numpy(), 1).spike)
         return spikes, running.tolist()
 
     plain = verdicts([2.0] * 5, [1.0, 1.1, 0.9, 1.05, 50.0])

@@ -82,7 +82,7 @@ def sharded_gradients(
     sums = pack_sums(gradient_square_sum(gradients, mesh), torch.cat(row_losses), sources, 1, Flags())
     all_reduce_sums(sums)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    return whole, unpack_sums(sums, 1).grad_norm
+    return whole, unpack_sums(sums.numpy(), 1).grad_norm
 
 
 def reference_gradients(vocab_size: int) -> dict[str, torch.Tensor]:
@@ -171,7 +171,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_seen_by_every_rank():
     good = pack_sums(torch.tensor(4.0, dtype=torch.float64), torch.tensor([1.0, 2.0]), sources, 2, flags)
     norm, finite = decide_update(good, 2)
     assert (norm.item(), finite.item()) == (2.0, True)
-    read = unpack_sums(good, 2)
+    read = unpack_sums(good.numpy(), 2)
     assert (read.group_loss.tolist(), read.group_rows.tolist()) == ([1.0, 2.0], [1, 1])
     assert (read.stop_requests, read.saves_done, read.saves_failed, read.locks_lost) == (1, 0, 1, 0)
     assert (read.finite, read.spike, read.applied) == (True, False, True)
@@ -180,7 +180,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_seen_by_every_rank():
             torch.tensor(grad_square, dtype=torch.float64), torch.tensor(losses), sources, 2, Flags()
         )
         assert not decide_update(bad, 2)[1]
-        read = unpack_sums(bad, 2)
+        read = unpack_sums(bad.numpy(), 2)
         assert (read.finite, read.spike, read.applied) == (False, False, False)
 
 
@@ -192,7 +192,7 @@ def test_spikes_are_judged_by_a_running_norm_that_leaves_them_out():
     def verdict(norm: float) -> tuple[bool, bool]:
         sums = pack_sums(torch.tensor(norm**2), torch.ones(1), torch.tensor([0]), 1, Flags())
         good = bool(decide_update(sums, 1, running, deviations=4.0)[1])
-        read = unpack_sums(sums, 1)
+        read = unpack_sums(sums.numpy(), 1)
         assert read.applied == good
         return read.finite, read.spike
 

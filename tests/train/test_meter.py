@@ -72,7 +72,7 @@ def test_a_metric_of_ones_own_is_a_sum_with_a_name() -> None:
     for _ in range(2):
         sums = pack_sums(torch.tensor(4.0), torch.ones(4), torch.zeros(4, dtype=torch.int64), 1, Flags(), own.values())
         decide_update(sums, 1)
-        meter.add(unpack_sums(sums, 1, tuple(own)), 12, 1.0, 0.0)
+        meter.add(unpack_sums(sums.numpy(), 1, tuple(own)), 12, 1.0, 0.0)
     resumed = Meter(("task",))
     resumed.load_state_dict(json.loads(json.dumps(meter.state_dict())))
     for one in (meter, resumed):

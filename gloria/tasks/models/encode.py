@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
+from gloria.dist.transfer import to_device
 from gloria.errors import UserError
 from gloria.tasks.examples import NOT_FOUND, Pair, Span
 from gloria.tasks.models.heads import LABEL, SCORE, SPAN
@@ -219,11 +220,9 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device, targets: Ite
         allowed[number, row.null] = 1
     batch = {"ids": ids, "types": types, "mask": mask, "allowed": allowed}
     batch["null"] = np.array([row.null for row in rows])
-    batch |= {name: np.array([row.targets[name] for row in rows]) for name in targets}
-    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-    if SCORE in tensors:
-        tensors[SCORE] = tensors[SCORE].float()
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    kinds = {SCORE: np.float32}
+    batch |= {name: np.array([row.targets[name] for row in rows], kinds.get(name)) for name in targets}
+    return to_device(batch, device)
 
 
 def _row(template: Template, first: list[int], second: list[int], number: int, targets: dict) -> Row:
