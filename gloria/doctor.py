@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             "faster": interface.faster_than_used(),
             "recipe": hashlib.sha256(json.dumps(to_mapping(config)).encode()).hexdigest() if config else "",
             "problem": problem,
-            "tokenizer": str(plan.corpus.manifest.tokenizer["fingerprint"]) if plan else "",
+            "tokenizer": plan.corpus.manifest.tokenizer.fingerprint if plan else "",
         }
     )
     rows = [_versions_row(facts), _gpu_row(facts), _network_row(facts), _recipe_row(facts)]

@@ -110,7 +110,7 @@ def require_same(recipe: Recipe, manifest: Manifest, where: str, out: Path) -> N
     record = to_record(recipe)
     keys = [key for key in record if record[key] != manifest.recipe.get(key)]
     if not keys and recipe.tokenizer.path:
-        place, made_with = Path(tokenizer_place(recipe, where)), manifest.tokenizer["fingerprint"]
+        place, made_with = Path(tokenizer_place(recipe, where)), manifest.tokenizer.fingerprint
         if (place / "tokenizer.json").is_file() and tokenizer_fingerprint(place) != made_with:
             keys = ["tokenizer"]
     if keys:

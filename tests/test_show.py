@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gloria import show
-from gloria.data.corpus import FORMAT, Manifest, SourceEntry, SplitEntry, open_corpus, write_manifest
+from gloria.data.corpus import FORMAT, Manifest, SourceEntry, SplitEntry, TokenizerEntry, open_corpus, write_manifest
 from gloria.data.loader import Loader
 from gloria.data.mixture import Mixture, new_mixture
 from gloria.data.shards import write_split
@@ -43,7 +43,7 @@ def make_corpus(folder: Path, shift: int = 0, end: str = "</s>") -> Path:
         shards = write_split(folder, f"{name}/train", np.dtype("<u2"), [(tokens, np.array([count]))], 10_000)
         train = SplitEntry(1, count, 4 * count, count, shards)
         entries.append(SourceEntry(name, 1.0, train, SplitEntry(0, 0, 0, 0, []), {"read": 1, "kept": 1}))
-    record = {"fingerprint": tokenizer.fingerprint, "vocab_size": VOCAB, "eos_id": 0, "pad_id": None}
+    record = TokenizerEntry(tokenizer.fingerprint, VOCAB, 0)
     write_manifest(folder, Manifest(FORMAT, record, entries, {}))
     return folder
 
@@ -57,7 +57,7 @@ def mixture_on(folder: Path, weights: dict[str, float], *, batch: int = 12, leng
     corpus = open_corpus(folder)
     streams = {name: corpus.stream(name) for name in corpus.names}
     sources = {name: Source(stream.num_tokens, stream.fingerprint) for name, stream in streams.items()}
-    tokenizer = str(corpus.manifest.tokenizer["fingerprint"])
+    tokenizer = corpus.manifest.tokenizer.fingerprint
     return new_mixture(1, length, sources, weights, global_batch=batch, period=1000, tokenizer=tokenizer)
 
 

@@ -48,7 +48,7 @@ class SplitEntry:
     tokens: int = option(minimum=0)
     bytes: int = option(minimum=0)
     words: int = option(minimum=0)
-    shards: list[ShardEntry]
+    shards: list[ShardEntry] = option()
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,19 @@ class SourceEntry:
 
     name: str
     weight: float = option(minimum=0)
-    train: SplitEntry
-    valid: SplitEntry
-    counts: dict[str, int]  # documents read, kept, and dropped by reason
+    train: SplitEntry = option()
+    valid: SplitEntry = option()
+    counts: dict[str, int] = option()  # documents read, kept, and dropped by reason
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The tokenizer of all sources; `vocab_size` is the highest id + 1."""
+
+    fingerprint: str
+    vocab_size: int = option(minimum=1, maximum=2**31 - 1)
+    eos_id: int = option(minimum=0)
+    pad_id: int | None = option(None, minimum=0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Manifest:
     """What `manifest.json` holds; sources in the recipe's order."""
 
     format: int
-    tokenizer: dict[str, int | str | None]  # fingerprint, vocab_size, eos_id, pad_id
+    tokenizer: TokenizerEntry
     sources: list[SourceEntry]
     recipe: dict  # what the corpus was made by, as plain JSON
     tokenizer_files: dict[str, str] = option({})  # xxh3-128 of each file in tokenizer/; manifests of old have none
@@ -123,7 +133,7 @@ class Corpus:
             raise UserError(f'{self.folder}: source "{name}" has no {split} tokens; give it more documents')
         places = [f'{self.folder / shard.path}.bin: source "{name}"' for shard in entry.shards]
         shards = [_map_shard(self.folder, shard) for shard in entry.shards]
-        return TokenStream(shards, _fingerprint(entry), int(self.manifest.tokenizer["vocab_size"]), places)
+        return TokenStream(shards, _fingerprint(entry), self.manifest.tokenizer.vocab_size, places)
 
 
 def source_fingerprint(entry: SourceEntry) -> str:
@@ -165,7 +175,7 @@ def open_corpus(folder: str | os.PathLike[str], *, verify: bool = False) -> Corp
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = []
-    tokenizer_files = {"tokenizer.json": str(manifest.tokenizer["fingerprint"]), **manifest.tokenizer_files}
+    tokenizer_files = {"tokenizer.json": manifest.tokenizer.fingerprint, **manifest.tokenizer_files}
     for name, listed in tokenizer_files.items():
         path = folder / TOKENIZER / name
         try:
@@ -233,13 +243,8 @@ def _why_missing(folder: Path) -> str:
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     """What the types of a manifest can't say: known keys, unique names, paths inside the folder, sums."""
-    fingerprint, vocab_size, eos_id = (manifest.tokenizer.get(key) for key in ("fingerprint", "vocab_size", "eos_id"))
-    if not isinstance(fingerprint, str):
-        yield "tokenizer.fingerprint: must be a string"
-    if type(vocab_size) is not int or not 0 < vocab_size < 2**31:
-        yield "tokenizer.vocab_size: must be a whole number above 0 and below 2^31"
-    elif type(eos_id) is not int or not 0 <= eos_id < vocab_size:
-        yield "tokenizer.eos_id: must be a whole number below vocab_size"
+    if manifest.tokenizer.eos_id >= manifest.tokenizer.vocab_size:
+        yield "tokenizer.eos_id: must be below vocab_size"
     for name in manifest.tokenizer_files:
         if "/" in name or name in ("", ".", "..") or not name.isprintable():
             yield f"tokenizer_files: {name!r} is not a file name"

@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from gloria.config.cli import option, to_mapping
@@ -187,7 +186,7 @@ class Mixture:
     @property
     def left_out(self) -> tuple[range, ...]:
         """The samples that were left out, as they were numbered before they were."""
-        gaps = ((stage.start, number_left_out(last, stage)) for last, stage in pairwise((None, *self.stages)))
+        gaps = ((stage.start, number_left_out(last, stage)) for last, stage in zip((None, *self.stages), self.stages))
         return tuple(range(start, start + count) for start, count in gaps if count)
 
     def change_batch(self, step: int, sample: int, batch: int) -> None:

@@ -33,7 +33,7 @@ class Fingerprints:
     algorithm: str
     tokenizer: str
     sequence_length: int = option(minimum=1, maximum=LARGEST)
-    sources: dict[str, str]
+    sources: dict[str, str] = option()
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class MixtureState:
     version: int
     seed: int = option(minimum=0, maximum=(1 << 64) - 1)
     next_sample: int = option(minimum=0, maximum=LARGEST)
-    stages: tuple[Stage, ...]
-    batches: tuple[BatchSize, ...]
-    fingerprints: Fingerprints
+    stages: tuple[Stage, ...] = option()
+    batches: tuple[BatchSize, ...] = option()
+    fingerprints: Fingerprints = option()
 
 
 def read_state(values: Mapping[str, Any], where: str = "mixture state", step: int | None = None) -> MixtureState:

@@ -108,7 +108,7 @@ def _walk(index: np.ndarray, group: np.ndarray | np.intp, network: _Network) -> 
         result[places] = moved
         outside = np.flatnonzero(moved >= network.sizes[group])
         index, places = moved[outside], places[outside]
-        group = group[outside] if group.ndim else group
+        group = group[outside] if isinstance(group, np.ndarray) else group
     return result
 
 

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import xxhash
@@ -208,11 +208,12 @@ def map_tokens(prefix: str | os.PathLike[str], *, in_order: bool = False) -> np.
     size = _size(path)
     if size == 0 or size % dtype.itemsize:
         _refuse(path, f"is {size} bytes, not a whole number of {dtype.name} tokens")
-    tokens = np.memmap(path, dtype=dtype, mode="r")
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if not in_order and hasattr(mmap, "MADV_RANDOM"):
         # windows come in random order: reading ahead would fetch pages that are not used
-        tokens._mmap.madvise(mmap.MADV_RANDOM)
-    return tokens.view(np.ndarray)
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
 
 
 def _read_header(prefix: str | os.PathLike[str]) -> tuple[np.dtype, int, int]:
@@ -251,7 +252,7 @@ def _size(path: str) -> int:
         raise UserError(f"{path}: no such file; a shard is a .bin and an .idx side by side") from None
 
 
-def _make_durable(file) -> None:
+def _make_durable(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 

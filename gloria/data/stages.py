@@ -45,7 +45,7 @@ class Stage:
 
     start: int = option(minimum=0, maximum=LARGEST)
     sequence_length: int = option(minimum=1, maximum=LARGEST)
-    names: tuple[str, ...]
+    names: tuple[str, ...] = option()
     weights: tuple[float, ...] = option(minimum=0)
     quotas: tuple[int, ...] = option(minimum=0, maximum=LARGEST_PERIOD)
     bases: tuple[int, ...] = option(minimum=0, maximum=LARGEST)  # ordinal of the first window in this stage

@@ -251,7 +251,7 @@ def _open(config: PretrainConfig, *, verify: bool = False) -> tuple[Corpus, Tran
     train = config.train
     problems: list[str] = []
     corpus = _attempt(lambda: open_corpus(config.data.corpus, verify=verify), problems)
-    vocab_size = int(corpus.manifest.tokenizer["vocab_size"]) if corpus else 1
+    vocab_size = corpus.manifest.tokenizer.vocab_size if corpus else 1
     shape = _attempt(
         lambda: resolve_shape(config.model, vocab_size=vocab_size, sequence_length=train.sequence_length),
         problems,
@@ -320,7 +320,7 @@ def _mixture(config: PretrainConfig, corpus: Corpus) -> Mixture:
         resolve_weights(corpus.weights, config.data.weights),
         global_batch=config.train.global_batch,
         period=config.data.period,
-        tokenizer=str(corpus.manifest.tokenizer["fingerprint"]),
+        tokenizer=corpus.manifest.tokenizer.fingerprint,
     )
 
 

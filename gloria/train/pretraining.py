@@ -175,7 +175,7 @@ def row_loss_sums(run: Run, tokens: Tensor, labels: Tensor) -> Tensor:
     ids = tokens[:, :-1]
     documents = None
     if run.config.data.mask_documents:
-        ends = (ids == run.objective.plan.corpus.manifest.tokenizer["eos_id"]).long()
+        ends = (ids == run.objective.plan.corpus.manifest.tokenizer.eos_id).long()
         documents = ends.cumsum(dim=1) - ends  # an EOS belongs to the document it ends
     return run.model(ids, labels, documents)
 

@@ -286,6 +286,6 @@ def require_same_recipe(process: Process, recipe: object, corpus: Manifest | Non
     """`require_same` of every key of a recipe, of what lies in the corpus folder on each node, and `more`."""
     own = flatten(to_mapping(recipe)) | more
     if corpus:
-        own["data.corpus: tokenizer"] = corpus.tokenizer["fingerprint"]
+        own["data.corpus: tokenizer"] = corpus.tokenizer.fingerprint
         own |= {f"data.corpus: source {entry.name}": source_fingerprint(entry) for entry in corpus.sources}
     require_same(process, own)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gloria.config.cli import from_mapping, to_mapping
-from gloria.data.corpus import Manifest, SourceEntry, SplitEntry, write_manifest
+from gloria.data.corpus import Manifest, SourceEntry, SplitEntry, TokenizerEntry, write_manifest
 from gloria.data.shards import write_split
 from gloria.data.tokenizer import tokenizer_fingerprint
 from gloria.errors import UserError, run_command
@@ -50,12 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for split, count in (("train", tokens), ("valid", 100 if number < 2 else 10))
         }
         sources.append(SourceEntry(name, [0.25, 0.25, 0.5][number], **splits, counts={}))
-    tokenizer = {
-        "fingerprint": tokenizer_fingerprint("corpus/tokenizer"),
-        "vocab_size": 500,
-        "eos_id": 0,
-        "pad_id": 1,
-    }
+    tokenizer = TokenizerEntry(tokenizer_fingerprint("corpus/tokenizer"), 500, 0, 1)
     write_manifest("corpus", Manifest(1, tokenizer, sources, {}))
     return tmp_path
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gloria.data.corpus import FORMAT, SPLITS, TOKENIZER, Manifest, SourceEntry, SplitEntry
+from gloria.data.corpus import FORMAT, SPLITS, TOKENIZER, Manifest, SourceEntry, SplitEntry, TokenizerEntry
 from gloria.data.prepare.buckets import (
     BucketTask,
     GatherTask,
@@ -92,8 +92,8 @@ def make_corpus(
         raise UserError(_why_died(work, workers)) from None
     write_states(folder, states)
     stats = PrepareStats(int(size.sum()), time.perf_counter() - start - trained, encoding, workers)
-    values = {key: getattr(tokenizer, key) for key in ("fingerprint", "vocab_size", "eos_id", "pad_id")}
-    return Manifest(FORMAT, values, sources, to_record(recipe)), stats
+    entry = TokenizerEntry(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
+    return Manifest(FORMAT, entry, sources, to_record(recipe)), stats
 
 
 def warn_of_lossy(recipe: Recipe, tokenizer: TextTokenizer) -> None:

@@ -49,7 +49,7 @@ class Recipe:
     """A whole corpus. Sources that come first keep a text which several of them hold."""
 
     source: list[SourceConfig] = option(help="at least one [[source]] section")
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig = option()
     out: str = option("data/corpus", "folder the corpus is made in, relative to where the command runs")
     seed: int = option(0, "key of the documents' hashes, hence of order and split", minimum=0, maximum=2**64 - 1)
     max_malformed: float = option(

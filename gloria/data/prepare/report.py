@@ -47,8 +47,8 @@ def report(manifest: Manifest, budget_tokens: int | None = None) -> list[str]:
         lowered = weights_within({source.name: source.weight for source in sources}, tokens, budget_tokens)
         for row, source in zip(rows, sources):
             epochs = budget_tokens * source.weight / total / max(source.train.tokens, 1)
-            is_lower = lowered is not None and lowered[source.name] < source.weight
-            row += [f"{epochs:.2f}", _down(lowered[source.name]) if is_lower else ""]
+            weight = source.weight if lowered is None else lowered[source.name]
+            row += [f"{epochs:.2f}", _down(weight) if weight < source.weight else ""]
         if lowered is None:
             most = int(MOST_EPOCHS * sum(source.train.tokens for source in sources if source.weight))
             what = f"{budget_tokens:,} tokens are more than {MOST_EPOCHS:g} epochs of all, {most:,}"

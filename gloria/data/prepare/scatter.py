@@ -109,8 +109,8 @@ def read_sources(
     ]
     results: list[PieceCounts] = []
     frames: dict[int, list[Frame]] = defaultdict(list)
-    for counts, buckets_frames in pool.map(scatter, tasks, "reading"):
-        results += counts
+    for found_counts, buckets_frames in pool.map(scatter, tasks, "reading"):
+        results += found_counts
         for bucket, more in buckets_frames.items():
             frames[bucket] += more
     counts = [Counter[str]() for _ in recipe.source]
@@ -157,17 +157,17 @@ def report_malformed(recipe: Recipe, counts: Sequence[Counter[str]], results: Se
             first += [f"{file.path}:{before + line} ({problem})" for line, problem in result.malformed]
             found[source][file.path] = (number + result.counts["malformed"], first[:SHOWN])
     problems = []
-    for source, count, places in zip(recipe.source, counts, found):
+    for config, count, places in zip(recipe.source, counts, found):
         bad, read = count["malformed"], count["read"]
         if bad > recipe.max_malformed * read:
             shown = [place for _, first in places.values() for place in first]
             problems.append(
-                f'source "{source.name}": {bad:,} of {read:,} documents are malformed, over max_malformed = '
+                f'source "{config.name}": {bad:,} of {read:,} documents are malformed, over max_malformed = '
                 f"{recipe.max_malformed:g}: {_some(shown, bad)}; correct them or raise it"
             )
     if problems:
         raise UserError(*problems)
-    files = [file for places in found for file in places.items()]
+    files = [item for places in found for item in places.items()]
     for path, (number, first) in files[:WARNED_FILES]:
         warn(f"{path}: {number:,} malformed documents are left out: {_some(first, number)}")
     if len(files) > WARNED_FILES:
@@ -303,7 +303,7 @@ def read_kept(frames: Sequence[Frame]) -> tuple[np.ndarray, list[bytes]]:
     texts = []
     for frame, size in zip(frames, sizes):
         packed = np.fromfile(frame.spill, np.uint8, frame.packed, offset=frame.offset + records.itemsize * len(size))
-        texts += cut_texts(zstandard.ZstdDecompressor().decompress(packed), size)
+        texts += cut_texts(zstandard.ZstdDecompressor().decompress(packed.data), size)
     keep, _ = deduplicate(records)
     return records[keep], [texts[i] for i in keep]
 

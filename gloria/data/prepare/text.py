@@ -17,7 +17,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -155,7 +155,7 @@ def _json_lines(lines: Iterable[bytes], field: str, path: str) -> Iterator[Docum
         yield Document(number, text, problem, values if not problem else {})
 
 
-def _lines_between(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
+def _lines_between(file: io.BufferedIOBase, start: int, end: int | None) -> Iterator[bytes]:
     position = start
     if start > 0:
         file.seek(start - 1)
@@ -223,12 +223,12 @@ def _column_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
     return [None] * len(column)
 
 
-def _open(path: str, compression: str) -> BinaryIO:
+def _open(path: str, compression: str) -> io.BufferedIOBase:
     if compression == "gz":
         return gzip.open(path, "rb")
     if compression == "zst":
         return io.BufferedReader(_ZstandardFile(path), 1 << 20)
-    return open(path, "rb", buffering=1 << 20)
+    return io.BufferedReader(io.FileIO(path), 1 << 20)
 
 
 def _decompressor() -> zstandard.ZstdDecompressionObj:
