@@ -83,13 +83,14 @@ def fill_parameters(model: nn.Module, full_value: Callable[[str, torch.Size], Te
         shard.tensor.copy_(full[shard.offset : shard.offset + rows] if shard.tensor.dim() else full)
 
 
+@torch.no_grad()  # with autograd taking part, `to_local` would cost more than all that follows
 def local_gradients(model: nn.Module) -> list[Tensor]:
     """This rank's piece of every gradient, as ordinary tensors: DTensor dispatch would cost more than the sums.
 
     A parameter that the loss does not depend on (BERT's pooler, under a span head) has none.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [cast(DTensor, gradient).to_local() for gradient in gradients]
+    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
 
 def gradient_square_sum(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
@@ -116,9 +117,14 @@ def clip_coefficient(grad_norm: Tensor, clip_norm: float) -> Tensor:
 def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], coefficient: Tensor, good: Tensor) -> None:
     """Clip and take an optimizer step, left out on every rank alike where `good` (equal on all ranks) is false.
 
+    `gradients` are the `local_gradients` of the model whose optimizer this is; they are let go of in the end.
     Fused AdamW does both on the device while it reads the gradients anyway (`grad_scale` divides them, `found_inf`
     leaves the step out). RAdam does neither, so there the gradients are scaled first and the host waits for `good`.
     """
+    pairs = [pair for group in optimizer.param_groups for pair in zip(group["model_params"], group["params"])]
+    for parameter, rows in pairs:
+        if isinstance(parameter, DTensor):
+            rows.grad = None if parameter.grad is None else cast(DTensor, parameter.grad).to_local()
     if optimizer.defaults.get("fused"):
         scaling: Any = optimizer  # the attributes are torch's own, for GradScaler
         scaling.grad_scale = coefficient.reciprocal()
@@ -127,6 +133,8 @@ def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], coefficien
     elif bool(good):
         torch._foreach_mul_(gradients, coefficient)
         optimizer.step()
+    for parameter, rows in pairs:
+        parameter.grad = rows.grad = None
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

@@ -46,11 +46,16 @@ def model_state_dict(model: nn.Module) -> dict[str, Shard]:
 
 def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
     """This rank's rows of the optimizer's state, as `optim.KEY.NAME`; `build_optimizer` has made it before any step."""
+    model.state_dict()  # takes the sharded parameters back, see model_state_dict
+    names = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
-    for parameter, name in _optimized(model, optimizer):
-        assert optimizer.state[parameter], f"{name} has no state: build the optimizer with build_optimizer"
-        for key, value in optimizer.state[parameter].items():
-            found[f"optim.{key}.{name}"] = _local_shard(value)
+    for group in optimizer.param_groups:
+        for parameter, rows in zip(group["model_params"], group["params"]):
+            name = names[parameter]
+            assert optimizer.state[rows], f"{name} has no state: build the optimizer with build_optimizer"
+            assert rows.data_ptr() == _local_rows(parameter).data_ptr(), f"{name} is not what its optimizer updates"
+            for key, value in optimizer.state[rows].items():
+                found[f"optim.{key}.{name}"] = _local_shard(value, parameter if value.dim() else value)
     return found
 
 
@@ -109,27 +114,28 @@ def shard_rows(rows: int, parts: int, index: int) -> tuple[int, int]:
     return first, min(size, rows - first)
 
 
-def _local_shard(tensor: Tensor) -> Shard:
-    shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+def _local_shard(tensor: Tensor, like: Tensor | None = None) -> Shard:
+    """What this rank holds of a tensor, or of one that is sharded as `like` is and of which `tensor` is its rows."""
+    like = tensor if like is None else like
+    if not isinstance(like, DTensor):
+        shape = tuple(tensor.shape)
         return Shard(tensor.detach(), shape, 0, owner=not dist.is_initialized() or dist.get_rank() == 0)
-    coordinate = tensor.device_mesh.get_coordinate()
+    shape, mesh = tuple(like.shape), like.device_mesh
+    coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter on a mesh that this rank is no part of"
     first, rows, owner = 0, shape[0] if shape else 0, True
-    for dimension, placement in enumerate(tensor.placements):
+    for dimension, placement in enumerate(like.placements):
         if type(placement) is Replicate:
             owner = owner and coordinate[dimension] == 0
         else:
             assert placement == ShardPlacement(0), f"placement {placement}: only rows (dim 0) are sharded here"
-            begin, rows = shard_rows(rows, tensor.device_mesh.size(dimension), coordinate[dimension])
+            begin, rows = shard_rows(rows, mesh.size(dimension), coordinate[dimension])
             first += begin
-    local = tensor.to_local().detach()
+    local = _local_rows(tensor)
     assert not shape or local.shape[0] == rows, f"{local.shape[0]} rows here, {rows} expected"
     return Shard(local, shape, first, owner)
 
 
-def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, str]]:
-    """The optimizer's parameters with their names, in its own order."""
-    model.state_dict()  # takes the sharded parameters back, see model_state_dict
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [(parameter, names[parameter]) for group in optimizer.param_groups for parameter in group["params"]]
+@torch.no_grad()
+def _local_rows(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

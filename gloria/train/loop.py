@@ -137,7 +137,6 @@ def take_step(run: Run, batch: StepBatch) -> PendingStep:
         adjust(run.loss_scale, ~overflowed(sums))
     on_its_way = start_copy_to_host(sums)  # before the update, for which the host need not wait to read them
     update(run.optimizer, gradients, coefficient, good)
-    run.optimizer.zero_grad()
     run.step += 1
     return PendingStep(run.step, lr, batch.tokens, on_its_way, tuple(metrics))
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from gloria.dist.checkpoint import Save, begin_save, publish
 from gloria.dist.checkpoint_read import read_full_tensors
 from gloria.dist.manifest import checkpoint_path
+from gloria.dist.sharding import local_gradients, update
 from gloria.dist.state import (
     Shard,
     model_state_dict,
@@ -85,8 +86,7 @@ def train_step(model: Toy, optimizer: torch.optim.Optimizer, step: int, *, batch
     torch.manual_seed(1000 * step + rank)
     loss = model(ids) / (batch * 5)
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    update(optimizer, local_gradients(model), torch.tensor(1.0), torch.tensor(True))
     total = loss.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
