@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gloria.config.cli import option, parse
+from gloria.config.toml import find_recipe
 from gloria.data.corpus import MANIFEST, Manifest, open_corpus, write_manifest
 from gloria.data.prepare.inputs import (
     INPUTS,
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe=False,
         file_keys=Recipe,
     ).config
-    where = str(flags.recipe)
+    where = find_recipe(str(flags.recipe))
     recipe = read_recipe(where)
     out = Path(flags.out or recipe.out)
     if (out / MANIFEST).exists() and not flags.force:

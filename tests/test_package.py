@@ -56,6 +56,11 @@ def test_the_demo_runs_from_the_installed_package(installed: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert "data/sample: not there yet; preparing it from sample.toml" in done.stdout
     assert 'dir = "runs/demo"' in done.stdout
+    done = run(installed, tmp_path, "plan", "--config", "launch/gpt2-124m.toml", "--gpus", "1xA100-80GB")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("launch/gpt2-124m.toml: not here; reading ")
+    done = run(installed, tmp_path, "prepare", "launch/sample.toml")
+    assert "data/sample: is already whole" in done.stdout, done.stdout + done.stderr
     done = run(installed, tmp_path, "finetune", "--task", "assin2", "--run.dir", "x", "--train.steps=x")
     assert done.stderr == 'error: --train.steps: must be a whole number, not "x"; for example 1000\n'
 

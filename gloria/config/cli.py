@@ -32,7 +32,7 @@ from gloria.config.schema import (
     to_mapping,
     type_name,
 )
-from gloria.config.toml import parse_toml, read_toml, show_value, write_toml
+from gloria.config.toml import find_recipe, parse_toml, read_toml, show_value, write_toml
 from gloria.errors import UserError
 
 __all__ = ["Parsed", "from_mapping", "option", "parse", "read_toml", "show_value", "suggest", "to_mapping", "to_toml"]
@@ -80,7 +80,7 @@ def parse(
     if flags.help:
         print(_help_text(cls, prog, description, recipe, default_config, file_keys))
         raise SystemExit(0)
-    path = flags.config if flags.config is not None else default_config
+    path = find_recipe(str(flags.config)) if flags.config is not None else default_config
     where = str(path) if path is not None else prog if recipe else ""
     try:
         values = read_toml(path) if path is not None else {}

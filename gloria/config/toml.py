@@ -35,6 +35,16 @@ def parse_toml(text: str) -> dict[str, Any]:
     return table
 
 
+def find_recipe(path: str) -> str:
+    """The path of a recipe: `launch/NAME.toml` is the package's own where no such file is here."""
+    file = Path(path)
+    if file.parent != Path("launch") or file.exists() or not (RECIPES / file.name).exists():
+        return path
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # not a line from every rank
+        print(f"{path}: not here; reading {RECIPES / file.name}", flush=True)
+    return str(RECIPES / file.name)
+
+
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The table in a TOML file; a file that is missing, no text or no TOML is a `UserError` with its line."""
     try:
