@@ -78,7 +78,7 @@ def _stdout_is_closed() -> bool:
 
 
 def end_without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of a command while it imports: Ctrl-C and a missing package end in one line."""
+    """`sys.excepthook` of a command while it imports: Ctrl-C, a missing package and wrong TORCH_LOGS end in one line."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
@@ -87,5 +87,11 @@ def end_without_traceback(kind: type[BaseException], error: BaseException, trace
         python = f"{sys.executable} has no package {missing}"
         remedy = "activate the environment that has gloria's (. .venv/bin/activate), or make it with `make setup`"
         print(f"error: {python}; {remedy}", file=sys.stderr, flush=True)
+        os._exit(2)
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if trace and "TORCH_LOGS" in os.environ and f"torch{os.sep}_logging" in trace.tb_frame.f_code.co_filename:
+        logs = os.environ["TORCH_LOGS"]
+        print(f"error: TORCH_LOGS={logs!r}: torch knows no such setting; unset it, or try help", file=sys.stderr)
         os._exit(2)
     sys.__excepthook__(kind, error, trace)

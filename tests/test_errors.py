@@ -69,6 +69,12 @@ def python(*words: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def test_a_wrong_torch_logs_is_one_line():
+    """Torch reads it while it is imported, before any command has begun."""
+    out, err = python("-m", "gloria.generate", "--model", "x", TORCH_LOGS="garbage").communicate(timeout=PATIENCE)
+    assert (out, err) == ("", "error: TORCH_LOGS='garbage': torch knows no such setting; unset it, or try help\n")
+
+
 def test_a_missing_package_is_one_line_that_says_what_to_do(tmp_path):
     """-S: the interpreter without what is installed, as where .venv is not activated."""
     process = python("-S", "-m", "gloria.pretrain")
