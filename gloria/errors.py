@@ -78,7 +78,7 @@ def _stdout_is_closed() -> bool:
 
 
 def end_without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook` of a command while it imports: Ctrl-C, a missing package and wrong TORCH_LOGS end in one line."""
+    """`sys.excepthook` of a command while it imports: Ctrl-C, a missing package, wrong TORCH_LOGS are one line."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)

@@ -181,7 +181,7 @@ def open_log(
     descriptor = open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     log = RunLog(file=os.fdopen(descriptor, "ab", buffering=0), console=console)
     if config.tensorboard:
-        log.board = _open_tensorboard(folder / "tensorboard", step)
+        log.board = _open_tensorboard(folder / "tensorboard", step if existed else None)
     if console.isatty():
         from tqdm import tqdm
 
@@ -218,14 +218,15 @@ def _take_out_later_lines(path: Path, step: int, evaluated_step: int) -> tuple[i
     return later, torn
 
 
-def _open_tensorboard(folder: Path, step: int) -> Any:
+def _open_tensorboard(folder: Path, resumed: int | None) -> Any:
+    """A writer whose first event hides what an earlier launch wrote beyond the step that is `resumed`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
             f"log.tensorboard: can't be loaded ({error}); pip install tensorboard or set it to false"
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=resumed + 1 if resumed else resumed)
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

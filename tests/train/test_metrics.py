@@ -153,11 +153,13 @@ def test_every_line_is_in_the_file_at_once(tmp_path: Path) -> None:
 def test_tensorboard_has_the_same_values_and_no_steps_that_are_done_again(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = open_log(tmp_path, 0, 100, LogConfig(), io.StringIO())
-    for step in (10, 20):
-        log.train(step, values_of_a_line())
-        log.valid(step, math.nan, {"ptwiki": 2.0}, {"ptwiki": 1.0})
-    log.close()
+    for _ in range(2):  # the first is killed before it has a checkpoint, so the second begins at 0, too
+        log = open_log(tmp_path, 0, 100, LogConfig(), io.StringIO(), evaluated_step=-1)
+        log.valid(0, math.nan, {"ptwiki": 3.0}, {"ptwiki": 1.0})
+        for step in (10, 20):
+            log.train(step, values_of_a_line())
+            log.valid(step, math.nan, {"ptwiki": 2.0}, {"ptwiki": 1.0})
+        log.close()
     log = open_log(tmp_path, 10, 100, LogConfig(), io.StringIO())
     log.valid(30, 1.0, {"ptwiki": 1.5}, {"ptwiki": 1.0})
     log.close()
@@ -165,6 +167,7 @@ def test_tensorboard_has_the_same_values_and_no_steps_that_are_done_again(tmp_pa
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.0)]
     assert [(event.step, event.value) for event in events.Scalars("valid/sources/ptwiki")] == [
+        (0, 3.0),
         (10, 2.0),
         (30, 1.5),
     ]
