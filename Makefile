@@ -33,7 +33,7 @@ setup: $(READY) ## virtual environment with everything installed
 $(READY): requirements.txt pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
-	$(PYTHON) -m pip install --quiet --editable '.[test,parquet]'
+	$(PYTHON) -m pip install --quiet --editable '.[test,parquet,data]'
 	@touch $@
 
 demo: $(READY) ## sample corpus -> pre-training -> Hugging Face folder -> a generated paragraph (CPU, minutes)
@@ -54,7 +54,8 @@ lint: $(READY) ## style, format (ruff) and types (mypy)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-corpus: $(READY) ## token shards from a corpus recipe: RECIPE=corpus.toml
+corpus: $(READY) ## clean text (where the recipe has [refine]), then token shards, from a corpus recipe: RECIPE=corpus.toml
+	$(if $(shell grep -s '^ *\[refine\]' $(RECIPE)),$(PYTHON) -m gloria.refine $(RECIPE))
 	$(PYTHON) -m gloria.prepare $(RECIPE) $(ARGS)
 
 pretrain: $(READY) ## pre-train on this machine: CONFIG=launch/gloria-1.3b.toml NPROC=4 ARGS="--train.steps 100"

@@ -10,6 +10,7 @@ from gloria.config.schema import suggest
 from gloria.errors import UserError, end_without_traceback, run_command
 
 COMMANDS = {
+    "refine": "clean raw text, as a corpus recipe asks",
     "prepare": "make a corpus of token shards from raw text",
     "plan": "what a pre-training run will need and cost",
     "doctor": "check whether this machine, or every node of a job, is fit for a run",

@@ -3,17 +3,21 @@
 The documents of all sources are spread over buckets by the hash of their text (pass 1), each bucket is
 deduplicated, split and tokenised (pass 2), and the buckets' tokens are written as shards (pass 3). The
 corpus is the same to the last byte for any number of workers, any order of the files and any cutting of the
-documents into files. It is made in a folder beside and renamed when whole. At the end
+documents into files. Where the recipe has [refine], what `gloria.refine`
+has made of the sources is read. The corpus is made in a folder beside and renamed when whole. At the end
 the command prints the documents read, dropped by reason and kept of each source.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from gloria.config.cli import option, parse
 from gloria.config.toml import find_recipe
@@ -30,6 +34,7 @@ from gloria.data.prepare.passes import make_corpus
 from gloria.data.prepare.recipe import Recipe, SourceFile, read_recipe, to_record, tokenizer_place
 from gloria.data.prepare.report import report
 from gloria.data.prepare.workers import available_cores
+from gloria.data.refine.plan import make_plan, read_refined, refined_recipe
 from gloria.data.tokenizer import tokenizer_fingerprint
 from gloria.dist.signals import end_on_stop_signals
 from gloria.errors import UserError, run_command, warn
@@ -63,16 +68,36 @@ def main(argv: list[str] | None = None) -> int:
     where = find_recipe(str(flags.recipe))
     recipe = read_recipe(where)
     out = Path(flags.out or recipe.out)
+    recipe, about = of_cleaned_text(recipe, where)
     if (out / MANIFEST).exists() and not flags.force:
         manifest = check(recipe, where, out, verify=flags.verify)
     else:
-        manifest = make(recipe, where, out, flags.workers, replace=flags.force)
+        manifest = make(recipe, where, out, flags.workers, replace=flags.force, about=about)
     print("\n".join(report(manifest, flags.budget_tokens)))
     return 0
 
 
-def make(recipe: Recipe, where: str, out: Path, workers: int, *, replace: bool) -> Manifest:
-    """Make the corpus of a recipe (read from `where`) at `out`, which holds none yet or one to `replace`."""
+def of_cleaned_text(recipe: Recipe, where: str) -> tuple[Recipe, dict[str, Any]]:
+    """Where the recipe has [refine], the recipe of the cleaned text, and what the manifest says of it."""
+    if recipe.refine is None:
+        return recipe, {}
+    manifest = read_refined(recipe, make_plan(recipe, find_files(recipe, where), where), where)
+    return refined_recipe(recipe, manifest), {"contamination": manifest["contamination"]}
+
+
+def make(
+    recipe: Recipe,
+    where: str,
+    out: Path,
+    workers: int,
+    *,
+    replace: bool,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> Manifest:
+    """Make the corpus of a recipe (read from `where`) at `out`, which holds none yet or one to `replace`.
+
+    `about` is added to the recipe in the manifest.
+    """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
         raise UserError(f"{out}: is there and is no corpus; give another --out, or remove it")
     files = find_files(recipe, where)
@@ -82,6 +107,7 @@ def make(recipe: Recipe, where: str, out: Path, workers: int, *, replace: bool) 
         require_disk(files, out)
         try:
             manifest, stats = make_corpus(recipe, files, where, work, workers)
+            manifest = dataclasses.replace(manifest, recipe={**manifest.recipe, **about})
             write_manifest(work / "corpus", manifest)
         except OSError as error:
             if error.errno != errno.ENOSPC:

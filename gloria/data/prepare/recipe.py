@@ -12,6 +12,18 @@ from typing import Any, NamedTuple
 from gloria.config.cli import from_mapping, option, read_toml, show_value, to_mapping
 from gloria.data.prepare.filters import TextRules, filter_identity, load_filter, locate_filter
 from gloria.data.prepare.text import FORMATS
+from gloria.data.refine.config import (
+    CLEANING_KEYS,
+    SECTIONS,
+    DecontaminateConfig,
+    DedupConfig,
+    ExecutorConfig,
+    PiiConfig,
+    RefineConfig,
+    SourceCleaning,
+    cleaning_of,
+)
+from gloria.data.refine.presets import find_preset
 from gloria.data.tokenizer import TokenizerConfig
 from gloria.errors import UserError
 
@@ -21,7 +33,7 @@ _RESERVED = ("tokenizer", "manifest.json")  # the corpus folder's own
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig(TextRules):
+class SourceConfig(TextRules, SourceCleaning):
     """One source of text: where it is, how it is read, which documents it drops, its share of the mixture."""
 
     name: str = option(help="names the source in logs, weights and the corpus folder")
@@ -59,6 +71,11 @@ class Recipe:
         maximum=1,
     )
     shard_tokens: int = option(2**28, "tokens in a shard file at most, but for a longer document", minimum=1)
+    refine: RefineConfig | None = None
+    dedup: DedupConfig | None = None
+    decontaminate: DecontaminateConfig | None = None
+    pii: PiiConfig | None = None
+    executor: ExecutorConfig | None = None
 
 
 class SourceFile(NamedTuple):
@@ -76,6 +93,16 @@ def read_recipe(path: str) -> Recipe:
         problems.append(f"{path}: source: is empty; give at least one [[source]] section")
     elif not any(source.weight for source in recipe.source):
         problems.append(f"{path}: source: every weight is 0; give at least one source a weight above 0")
+    if not recipe.refine:
+        given = [key for key in SECTIONS if getattr(recipe, key) is not None]
+        problems += [f"{path}: {key}: has no effect without a [refine] section; add it or remove this" for key in given]
+    elif problem := _preset_problem(recipe.refine.preset):
+        problems.append(f"{path}: refine.preset: {problem}")
+    if recipe.dedup:
+        wrong = [size for size in recipe.dedup.rehydrate if not size.isdecimal() or size == "0"]
+        problems += [
+            f'{path}: dedup.rehydrate: "{size}" is no size of a cluster; write for example {{2 = 1}}' for size in wrong
+        ]
     seen = Counter[str]()
     sources = []
     for number, source in enumerate(recipe.source):
@@ -101,6 +128,7 @@ def read_recipe(path: str) -> Recipe:
                 for key, default in (("text_field", "text"), ("documents", "file"))
                 if getattr(source, key) != default
             ]
+        problems += _cleaning_problems(recipe, source, place)
         if source.filter:
             source = dataclasses.replace(source, filter=locate_filter(source.filter, Path(path).parent))
             try:
@@ -111,6 +139,34 @@ def read_recipe(path: str) -> Recipe:
     if problems:
         raise UserError(*problems)
     return dataclasses.replace(recipe, source=sources)
+
+
+def _preset_problem(name: str | None) -> str:
+    try:
+        find_preset(name or "none")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _cleaning_problems(recipe: Recipe, source: SourceConfig, place: str) -> list[str]:
+    """What is wrong with a source's keys of cleaning."""
+    given = list(cleaning_of(source))
+    if given and source.format == MEGATRON:
+        return [f"{place}.{key}: has no effect on token shards; remove it" for key in given]
+    if not recipe.refine:
+        return [f"{place}.{key}: has no effect without a [refine] section; add it or remove this" for key in given]
+    problems = []
+    if problem := _preset_problem(source.preset):
+        problems.append(f"{place}.preset: {problem}")
+    for key in ("top_n_grams", "dup_n_grams"):
+        wrong = [n for n in getattr(source.limits, key) or () if not n.isdecimal() or n == "0"]
+        problems += [
+            f'{place}.limits.{key}: "{n}" is no number of words; write for example {{5 = 0.15}}' for n in wrong
+        ]
+    if source.domain and not source.url_field:
+        problems.append(f"{place}.domain: needs url_field, the key or column that holds a page's address; add it")
+    return problems
 
 
 def tokenizer_place(recipe: Recipe, where: str) -> str:
@@ -128,8 +184,11 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
     """
     record = to_mapping(recipe)
     del record["out"], record["max_malformed"]
+    for key in ("refine", *SECTIONS):  # prepare reads cleaned text without asking how it was cleaned
+        del record[key]
     for source in record["source"]:
-        del source["paths"]
+        for key in ("paths", *CLEANING_KEYS):
+            del source[key]
         located = source.pop("filter")
         if located:
             source["filter"] = filter_identity(located)

@@ -53,7 +53,7 @@ def report(manifest: Manifest, budget_tokens: int | None = None) -> list[str]:
             most = int(MOST_EPOCHS * sum(source.train.tokens for source in sources if source.weight))
             what = f"{budget_tokens:,} tokens are more than {MOST_EPOCHS:g} epochs of all, {most:,}"
             lines = [f"no weights keep every source at {MOST_EPOCHS:g} epochs: {what}"]
-    return [*_align([headings, *rows]), *(line for source in sources for line in _about_validation(source)), *lines]
+    return [*align([headings, *rows]), *(line for source in sources for line in _about_validation(source)), *lines]
 
 
 def _about_validation(source: SourceEntry) -> Iterator[str]:
@@ -110,6 +110,7 @@ def weights_within(weights: Mapping[str, float], tokens: Mapping[str, int], budg
         lowered |= above
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -101,7 +101,7 @@ def read_sources(
     found = [(number, file) for number, source in enumerate(files) for file in source]
     total = sum(text_bytes(file) for _, file in found)
     buckets = min(max(total // BUCKET_BYTES, LEAST_BUCKETS), MOST_BUCKETS)
-    pieces = [piece for number, file in found for piece in _cut(number, file)]
+    pieces = [piece for number, file in found for piece in cut_pieces(number, file)]
     (work / "spill").mkdir()
     tasks = [
         ScatterTask(batch, recipe.source, recipe.seed, buckets, str(work / "spill" / f"{number:05d}"), tokenizer)
@@ -120,7 +120,7 @@ def read_sources(
     return counts, [frames[bucket] for bucket in sorted(frames)]
 
 
-def _cut(source: int, file: SourceFile) -> list[Piece]:
+def cut_pieces(source: int, file: SourceFile) -> list[Piece]:
     if file.format == MEGATRON:
         return [Piece(source, file, first, last) for first, last in itertools.pairwise(cut_documents(file.path))]
     if file.format != "jsonl":  # the others can only be read from their beginning
@@ -133,14 +133,14 @@ def _cut(source: int, file: SourceFile) -> list[Piece]:
 def _batches(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
     """At most `count` batches of about the same size: the largest piece first, each joins the lightest."""
     heap: list[tuple[int, int, list[Piece]]] = [(0, number, []) for number in range(min(count, len(pieces)))]
-    for size, piece in sorted(((_size(piece), piece) for piece in pieces), reverse=True):
+    for size, piece in sorted(((piece_bytes(piece), piece) for piece in pieces), reverse=True):
         load, number, batch = heapq.heappop(heap)
         batch.append(piece)
         heapq.heappush(heap, (load + size, number, batch))
     return [batch for _, _, batch in heap]
 
 
-def _size(piece: Piece) -> int:
+def piece_bytes(piece: Piece) -> int:
     if piece.file.format == MEGATRON or piece.end is None:
         return text_bytes(piece.file)
     return piece.end - piece.start
@@ -187,7 +187,7 @@ def scatter(task: ScatterTask) -> tuple[list[PieceCounts], dict[int, list[Frame]
     return counts, spill.frames
 
 
-def _read(piece: Piece, config: SourceConfig, tokenizer: str) -> Iterator[Document]:
+def read_piece(piece: Piece, config: SourceConfig, tokenizer: str) -> Iterator[Document]:
     if piece.file.format == MEGATRON:
         assert piece.end is not None
         return read_shard(piece.file.path, shared_tokenizer(tokenizer), piece.start, piece.end)
@@ -196,7 +196,7 @@ def _read(piece: Piece, config: SourceConfig, tokenizer: str) -> Iterator[Docume
         piece.file.format,
         text_field=config.text_field,
         documents=config.documents,
-        columns=bool(config.filter),
+        columns=bool(config.filter or config.url_field),
         start=piece.start,
         end=piece.end,
     )
@@ -206,12 +206,12 @@ def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCount
     config = task.sources[piece.source]
     result = PieceCounts(piece)
     counts = result.counts
-    for line, text, problem, metadata, tokens in _read(piece, config, task.tokenizer):
+    for line, text, problem, metadata, tokens in read_piece(piece, config, task.tokenizer):
         counts["read"] += 1
         data = b""
         if len(text) >= LONG_BYTES:
             with open(f"{task.spill}.long", "a") as file:
-                file.write(f"{len(text)}\t{_place(piece, line)}\n")
+                file.write(f"{len(text)}\t{place_of(piece, line)}\n")
         if not problem:
             text = clean(text)
             try:
@@ -224,14 +224,14 @@ def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCount
                 result.malformed.append((line, problem))
         elif reason := config.why_dropped(text):
             counts[reason] += 1
-        elif config.filter and (reason := ask_filter(config.filter, text, metadata, _place(piece, line))):
+        elif config.filter and (reason := ask_filter(config.filter, text, metadata, place_of(piece, line))):
             counts[f"{FILTERED}{reason}"] += 1
         else:
             spill.add(piece.source, xxhash.xxh3_128_digest(data, task.seed), data, tokens)
     return result
 
 
-def _place(piece: Piece, line: int) -> str:
+def place_of(piece: Piece, line: int) -> str:
     path = piece.file.path
     return f"{path}:{(0 if piece.file.format == MEGATRON else lines_before(path, piece.start)) + line}"
 
