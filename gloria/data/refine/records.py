@@ -34,7 +34,7 @@ class Record:
         self.malformed: list[list[Any]] = []  # [number of the piece, documents, [line, problem], ...]
         self.steps: dict[str, dict[str, Any]] = {}
         self.histograms: dict[str, Counter[str]] = defaultdict(Counter)  # length, language, variety, cluster
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def step(self, name: str) -> dict[str, Any]:
         return self.steps.setdefault(name, _part())
@@ -56,8 +56,9 @@ class Record:
 
     def add(self, other: Record) -> None:
         self.counts += other.counts
-        self.seconds += other.seconds
         self.malformed += other.malformed
+        for name, seconds in other.seconds.items():
+            self.seconds[name] += seconds
         for name, histogram in other.histograms.items():
             self.histograms[name] += histogram
         for name, theirs in other.steps.items():
@@ -80,7 +81,7 @@ def read_record(path: Path) -> Record:
     """What `Record.write` wrote; an empty record where the task's step wrote none."""
     record = Record()
     values = json.loads(path.read_bytes())
-    record.counts, record.seconds = Counter(values["counts"]), Counter(values["seconds"])
+    record.counts, record.seconds = Counter(values["counts"]), defaultdict(float, values["seconds"])
     record.malformed, record.steps = values["malformed"], values["steps"]
     record.histograms = defaultdict(Counter, {name: Counter(found) for name, found in values["histograms"].items()})
     return record

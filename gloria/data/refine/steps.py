@@ -161,8 +161,8 @@ def gopher_quality(limits: Limits) -> GopherQualityFilter:
     return GopherQualityFilter(
         min_doc_words=limits.min_words,
         max_doc_words=limits.max_words,
-        min_avg_word_length=limits.min_word_length,  # type: ignore[arg-type]
-        max_avg_word_length=limits.max_word_length,  # type: ignore[arg-type]
+        min_avg_word_length=limits.min_word_length,
+        max_avg_word_length=limits.max_word_length,
         max_symbol_word_ratio=limits.max_symbols,
         max_bullet_lines_ratio=limits.max_bullet_lines,
         max_ellipsis_lines_ratio=limits.max_ellipsis_lines,
