@@ -139,10 +139,12 @@ class RunLog:
             self.bar.close()
 
     def _print(self, line: str) -> None:
+        # tqdm.write would not clear the bar here: it looks for one on sys.stderr, where the rank's log is.
         if self.bar is not None:
-            self.bar.write(line, file=self.console)
-        else:
-            print(line, file=self.console, flush=True)
+            self.bar.clear()
+        print(line, file=self.console, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         # Unbuffered: one write a line, so that a killed run leaves whole lines and at most one torn one.

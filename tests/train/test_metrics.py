@@ -214,3 +214,16 @@ def test_the_log_needs_no_torch() -> None:
     code = "import sys, gloria.train.metrics; print('torch' in sys.modules, 'tensorboard' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+def test_a_line_takes_the_place_of_the_bar(tmp_path: Path) -> None:
+    from tqdm import tqdm
+
+    screen = io.StringIO()
+    log = open_log(tmp_path, 0, 100, QUIET, screen)
+    log.bar = tqdm(total=100, file=screen, ncols=80)
+    log.event(1, "checkpoint")
+    before, _, after = screen.getvalue().partition("checkpoint at step 1\n")
+    assert before.endswith(f"{' ' * 79}\r"), before[-90:]
+    assert "0/100" in after
+    log.close()
