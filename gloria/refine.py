@@ -153,7 +153,7 @@ def example_texts(example: Any) -> list[str]:
     if isinstance(example, Span):
         return [example.question]
     if isinstance(example, LastWord):
-        return [example.context + (example.word or "")]
+        return [f"{example.context} {example.word or ''}"]
     return [f"{example.prompt} {'' if example.answer is None else example.choices[example.answer]}"]
 
 

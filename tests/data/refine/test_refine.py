@@ -15,7 +15,7 @@ import pytest
 from gloria import prepare
 from gloria.data.corpus import open_corpus
 from gloria.errors import run_command
-from tests.data.refine.conftest import Cleaned, sample_texts, write_lines, write_recipe
+from tests.data.refine.conftest import SAMPLE, Cleaned, sample_texts, write_lines, write_recipe
 from tests.launch import wait_until
 
 # Rules that cost no word tokeniser (5 s to import): what is tested here is the machine.
@@ -69,6 +69,10 @@ def test_a_killed_launch_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_prepare_reads_what_was_cleaned_for_its_recipe(tmp_path: Path, monkeypatch, capsys) -> None:
     recipe = two_sources(tmp_path)
+    recipe.write_text(recipe.read_text() + '[decontaminate]\ntasks = {calame = "{gloria}/tasks/sample/calame"}\n')
+    example = json.loads((SAMPLE.parents[1] / "tasks/sample/calame/calamept_all.jsonl").read_text().splitlines()[3])
+    with (tmp_path / "um.jsonl").open("a") as file:
+        file.write(json.dumps({"text": f"Leu-se: {example['sentence']} {example['last_word']}! E nada mais."}) + "\n")
     monkeypatch.chdir(tmp_path)
     flags = [str(recipe), "--workers", "1"]
     assert run_command(prepare.main, flags) == 2
@@ -80,6 +84,9 @@ def test_prepare_reads_what_was_cleaned_for_its_recipe(tmp_path: Path, monkeypat
     assert [source.counts["read"] for source in corpus.manifest.sources] == [
         len(cleaned.texts(n)) for n in ("um", "dois")
     ]
+    # What evaluation data the text held is known to all who read the corpus.
+    assert corpus.manifest.recipe["contamination"] == {"calame": {"texts": 44, "short": 0, "documents": 1}}
+    assert cleaned.dropped("um")["evaluation data: holds calame"] == 1
     assert run_command(prepare.main, flags) == 0
     with (tmp_path / "um.jsonl").open("a") as file:
         file.write('{"text": "mais um"}\n')
