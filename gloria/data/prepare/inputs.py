@@ -56,7 +56,7 @@ def find_files(recipe: Recipe, where: str) -> list[list[SourceFile]]:
             for path in matches:
                 format = format_of(path) if source.format == "auto" else source.format
                 if format is None:
-                    remedy = f"set format, or name it {', '.join(SUFFIXES)}"
+                    remedy = f"set format, or name it {', '.join(end for end in SUFFIXES if end.count('.') == 1)}"
                     problems.append(f"{place}: the name of {path} has no known format; {remedy}")
                 elif format == MEGATRON and not os.path.isfile(f"{path}.bin"):
                     problems.append(f"{place}: there is no {path}.bin; a shard is a .bin and an .idx")

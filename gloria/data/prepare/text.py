@@ -1,12 +1,13 @@
 """Documents out of raw files of every format we read, and the cleaning each text gets before it is hashed.
 
-A file is JSON lines (one object a line), plain text or Parquet, the first two also compressed with gzip or
-Zstandard. What is wrong with one line is reported with its number and reading goes on; what is wrong with the
-whole file (cut short, not what its name says) is a `UserError` that names it.
+A file is JSON lines (one object a line), plain text, Parquet or of a kind in formats.py, most also compressed. What is
+wrong with one line is reported with its number and reading goes on; what is wrong with the whole file (cut short, not
+what its name says) is a `UserError` that names it.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
+from gloria.data.prepare import formats
 from gloria.errors import UserError
 
 # The end of a file's name -> its format; the longest that fits counts.
@@ -35,11 +37,12 @@ SUFFIXES = {
     ".txt.gz": "txt.gz",
     ".txt.zst": "txt.zst",
     ".parquet": "parquet",
+    **formats.SUFFIXES,
 }
-FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+FORMATS = tuple(dict.fromkeys((*SUFFIXES.values(), *formats.FORMATS)))
 
 # How much text a byte of a compressed file holds, about; of token shards text and tokens.
-TEXT_PER_BYTE = {"gz": 4, "zst": 4, "parquet": 3, "megatron": 3}
+TEXT_PER_BYTE = {"gz": 4, "zst": 4, "bz2": 5, "parquet": 3, "megatron": 3}
 
 # Controls that stand between words (NUL, vertical tab, form feed, separators, next line) become a space; the other
 # C0 and C1 controls but for tab and newline go, as does the byte order mark, which has no meaning inside a text.
@@ -101,6 +104,8 @@ def read_documents(
             if kind == "jsonl":
                 lines = file if (start, end) == (0, None) else _lines_between(file, start, end)
                 yield from _json_lines(lines, text_field, path if start == 0 else "")
+            elif kind in formats.KINDS:
+                yield from (Document(*row) for row in formats.KINDS[kind].reader(file, path, text_field))
             elif documents == "block":
                 yield from _blocks(file)
             else:
@@ -151,7 +156,7 @@ def _json_lines(lines: Iterable[bytes], field: str, path: str) -> Iterator[Docum
         except (AttributeError, TypeError, IndexError):
             problem = "not a JSON object"
         if number == 1 and path and (line.strip() == b"[" or line.lstrip().startswith(b"[{")):
-            raise UserError(f"{path}: is one JSON array, not an object a line; convert it with jq -c '.[]'")
+            raise UserError(f'{path}: is one JSON array, not an object a line; set format = "json"')
         yield Document(number, text, problem, values if not problem else {})
 
 
@@ -226,6 +231,8 @@ def _column_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
 def _open(path: str, compression: str) -> io.BufferedIOBase:
     if compression == "gz":
         return gzip.open(path, "rb")
+    if compression == "bz2":
+        return bz2.open(path, "rb")
     if compression == "zst":
         return io.BufferedReader(_ZstandardFile(path), 1 << 20)
     return io.BufferedReader(io.FileIO(path), 1 << 20)

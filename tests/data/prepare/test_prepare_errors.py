@@ -72,7 +72,9 @@ BAD_RECIPES = {
         source(rest='format = "jsonl.bz2"'),
         [
             'source[0].format: unknown value "jsonl.bz2"; did you mean "jsonl.gz"? One of "auto", "jsonl", "jsonl.gz", '
-            '"jsonl.zst", "txt", "txt.gz", "txt.zst", "parquet", "megatron"'
+            '"jsonl.zst", "txt", "txt.gz", "txt.zst", "parquet", "csv", "csv.gz", "csv.zst", "tsv", "tsv.gz", '
+            '"tsv.zst", "conllu", "conllu.gz", "srt", "warc", "warc.gz", "mediawiki", "mediawiki.gz", '
+            '"mediawiki.bz2", "json", "json.gz", "json.zst", "squad", "megatron"'
         ],
     ),
     "names": (
@@ -110,7 +112,7 @@ BAD_RECIPES = {
         source(paths='["um/a.pdf"]'),
         [
             "source[0].paths: the name of FOLDER/um/a.pdf has no known format; set format, or name it .jsonl, .json, "
-            ".jsonl.gz, .json.gz, .jsonl.zst, .json.zst, .txt, .txt.gz, .txt.zst, .parquet"
+            ".txt, .parquet, .csv, .tsv, .conllu, .srt, .warc, .wet, .xml"
         ],
     ),
     "half a shard": (

@@ -160,9 +160,7 @@ def test_one_json_array_is_an_error_with_its_remedy(tmp_path: Path, data: str) -
     (tmp_path / "a.json").write_text(data)
     with pytest.raises(UserError) as error:
         read(str(tmp_path / "a.json"))
-    assert str(error.value) == (
-        f"{tmp_path}/a.json: is one JSON array, not an object a line; convert it with jq -c '.[]'"
-    )
+    assert str(error.value) == (f'{tmp_path}/a.json: is one JSON array, not an object a line; set format = "json"')
 
 
 def test_metadata_are_the_other_fields_and_columns(tmp_path: Path) -> None:
