@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     options = read_options(argv)
     if options.compare:
         ((task, _),) = options.requests
+        assert task is not None
         data = Path(options.data) if options.data else None
         rules = options.rules if options.rule else ()
         for line in compare_models(task, *options.compare, data, options.split, rules, options.seed):
@@ -58,7 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_same(process, {f"--{key}": value for key, value in vars(options).items()})
         report_data(options, process)
-        status = (watch_run if options.watch else score_model)(options, process)
+        if options.watch:
+            status = watch_run(options.watch, options, process)
+        else:
+            assert options.model is not None
+            status = score_model(options.model, options, process)
     except (UserError, SystemExit):
         leave_process_group()
         raise
@@ -66,13 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def score_model(options: EvaluateOptions, process: Process) -> int:
+def score_model(model: str, options: EvaluateOptions, process: Process) -> int:
     """Score a model on every task; write the results after each, and print them."""
-    source, scored = evaluation.load_and_score(options, process)
+    source, scored = evaluation.load_and_score(model, options, process)
     tasks = [{"task": name, **about(one, options)} for name, one in zip(options.names, options.requests)]
     request = {"model": str(Path(source).absolute()) if Path(source).exists() else source, "tasks": tasks}
-    number = rank0_decides(process, lambda: results_number(options, request))
-    folder = numbered(options.out or default_folder(options.model, options.task), number)
+    default = default_folder(model, options.task)
+    number = rank0_decides(process, lambda: results_number(options.out, default, request))
+    folder = numbered(options.out or default, number)
     if process.is_main:
         print(f"results    {folder}, after each task", flush=True)
     records: list[dict[str, Any]] = []
@@ -93,23 +99,22 @@ def score_model(options: EvaluateOptions, process: Process) -> int:
     return 0
 
 
-def results_number(options: EvaluateOptions, request: dict[str, Any]) -> int:
+def results_number(out: Path | None, default: Path, request: dict[str, Any]) -> int:
     """The number of the folder for the results; of --out always 1, or a UserError if it has others' results."""
-    if options.out is None:
-        return free_number(default_folder(options.model, options.task), request)
-    found = request_of(options.out)
-    if found not in (None, request):
+    if out is None:
+        return free_number(default, request)
+    found = request_of(out)
+    if found is not None and found != request:
         of = found.get("model", "an older version, or of a fine-tuning")
-        raise UserError(
-            f"--out: {options.out} has results of {of}, with other tasks, files or settings; choose another folder"
-        )
+        raise UserError(f"--out: {out} has results of {of}, with other tasks, files or settings; choose another folder")
     return 1
 
 
-def watch_run(options: EvaluateOptions, process: Process) -> int:
+def watch_run(run: Path, options: EvaluateOptions, process: Process) -> int:
     """Score the checkpoints of a run as they appear; what can be checked of the tasks is checked before the first."""
     for task, folder in options.requests:
         if task is not None:
+            assert folder is not None
             evaluation.read_task(task, folder, options)
         elif folder is not None:
             corpus_texts(folder)
@@ -124,7 +129,7 @@ def watch_run(options: EvaluateOptions, process: Process) -> int:
             yield scored.record
 
     tasks = {name: about(request, options) for name, request in requests.items()}
-    return watch(options.watch, tasks, options.poll, process, load, score)
+    return watch(run, tasks, options.poll, process, load, score)
 
 
 def read_options(argv: list[str] | None) -> EvaluateOptions:

@@ -39,23 +39,22 @@ def compare_models(
         raise UserError(f"--compare: {a} has {found[0]}, {b} has {found[1]}; give two with the same split and rule")
     for key in both:
         sets = [side[key] for side in sides]
-        folders = {data} if data else {one.data for one in sets}
-        if len(folders) > 1 or None in folders:
+        folder, *others = {data} if data else {one.data for one in sets}
+        if others or folder is None:
             known = " and ".join(f"{one.path} is of {one.data or 'unknown files'}" for one in sets)
             raise UserError(f"--data: {known}; give the folder of the files that both were made from")
-        (folder,) = folders
         examples = task.read(folder, key[0])
         predictions = [read_predictions(task, one.path, examples) for one in sets]
         yield " ".join(filter(None, (task.name, *key))) + f" of {folder}"
         yield from (f"{name}  {one.path}" for name, one in zip("AB", sets))
         yield "{:<34}{:>9}  {:<20}{:>9}  {}".format("metric", "A - B", "95 % interval", "p", "test")
-        for name, found in compare(task, examples, *predictions, rule=key[1], seed=seed).items():
-            if found.value is None:
-                yield f"{name:<34}{'-':>9}  {found.test}"
+        for name, apart in compare(task, examples, *predictions, rule=key[1], seed=seed).items():
+            if apart.value is None:
+                yield f"{name:<34}{'-':>9}  {apart.test}"
                 continue
-            interval = "" if found.low is None else f"{found.low:.4f} to {found.high:.4f}"
-            p = "" if found.p is None else f"{found.p:.4f}"
-            yield f"{name:<34}{found.value:>9.4f}  {interval:<20}{p:>9}  {found.test}, n = {found.n}"
+            interval = "" if apart.low is None else f"{apart.low:.4f} to {apart.high:.4f}"
+            p = "" if apart.p is None else f"{apart.p:.4f}"
+            yield f"{name:<34}{apart.value:>9.4f}  {interval:<20}{p:>9}  {apart.test}, n = {apart.n}"
 
 
 def _by_split_and_rule(

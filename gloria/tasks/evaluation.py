@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -84,7 +84,8 @@ class EvaluateOptions:
         folders = (self.data or "").split(",")
         folders *= len(tasks) if len(folders) == 1 else 1
         return [
-            (task, Path(folder) if folder else task and sample_folder(task)) for task, folder in zip(tasks, folders)
+            (task, Path(folder) if folder else sample_folder(task) if task else None)
+            for task, folder in zip(tasks, folders)
         ]
 
     @property
@@ -105,12 +106,12 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Scored:
-    """A record for results.json, and the predictions that it is of; None for perplexity, which has none."""
+    """A record for results.json, and the predictions that it is of; perplexity has none."""
 
     record: dict[str, Any]
     task: Task | None = None
     examples: Sequence[Example] = ()
-    predictions: Mapping[str, Prediction] | None = None
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
 
 
 def about(request: Request, options: EvaluateOptions) -> dict[str, Any]:
@@ -120,9 +121,9 @@ def about(request: Request, options: EvaluateOptions) -> dict[str, Any]:
     return {"data": str(folder.absolute()) if folder else "the run's own corpus", "settings": settings}
 
 
-def load_and_score(options: EvaluateOptions, process: Process) -> tuple[str, Iterator[Scored]]:
+def load_and_score(model: str, options: EvaluateOptions, process: Process) -> tuple[str, Iterator[Scored]]:
     """Load a model; its name (of a run with the step) and its scores, one a task, rule or source of a corpus."""
-    if folder := find_finetuned(options.model):
+    if folder := find_finetuned(model):
         if unused := options.given().keys() & USES.keys():
             raise UserError(f"--{min(unused)}: {folder} predicts with its head, which has no use for it; leave it out")
         finetuned = load_finetuned(folder, process.device)
@@ -130,14 +131,14 @@ def load_and_score(options: EvaluateOptions, process: Process) -> tuple[str, Ite
         return finetuned.source, (
             score_head(finetuned, task, folder, options, process) for task, folder in options.requests
         )
-    loaded, corpus = load_language_model(options.model, options, process)
+    loaded, corpus = load_language_model(model, options, process)
     return loaded.source, score_language_model(loaded, corpus, options.requests, options, process)
 
 
 def load_language_model(model: str, options: EvaluateOptions, process: Process) -> tuple[LoadedModel, Path | None]:
     """The model (of a run, its newest checkpoint) on this rank's device, and its own corpus if a task needs it."""
     loaded = load_model(model, language_model=True)
-    loaded.language_model.to(process.device, options.dtype).eval()
+    loaded.require_language_model().to(process.device, options.dtype).eval()
     own = (None, None) in options.requests
     # Read at once: a checkpoint under watch may be gone before it is scored.
     return loaded, Path(read_trainer(Path(loaded.source))["recipe"]["data"]["corpus"]) if own else None
@@ -149,22 +150,25 @@ def score_language_model(
     """The scores of a language model on some tasks; `corpus` is the text of a perplexity without a text of its own."""
     for request in requests:
         task, folder = request
+        text = folder or corpus
+        assert text is not None, "only a perplexity is without files, and then there is a corpus"
         if task is None:
-            found = _score_text(loaded, folder or corpus, options, process)
+            found = _score_text(loaded, text, options, process)
         else:
-            found = _score_task(loaded, task, folder, options, process)
+            found = _score_task(loaded, task, text, options, process)
         for scored in found:
             scored.record.update(about(request, options))
             yield scored
 
 
 def score_head(
-    finetuned: FinetunedModel, task: Task | None, folder: Path, options: EvaluateOptions, process: Process
+    finetuned: FinetunedModel, task: Task | None, folder: Path | None, options: EvaluateOptions, process: Process
 ) -> Scored:
     """The scores of a fine-tuned head on a task with the same inputs and outputs."""
     own = finetuned.task
     if (
         task is None
+        or folder is None
         or task.family != own.family
         or task_heads(task) != finetuned.inputs.heads
         or task.labels != own.labels
@@ -177,8 +181,8 @@ def score_head(
     read = task.load(folder, split)
     started = perf_counter()
     found, encoded = predict(finetuned, read.examples, options.batch, process)
-    counts = {**read.counts, f"longer than {finetuned.inputs.max_length} tokens": encoded.truncated}
-    counts |= {"seconds": round(perf_counter() - started, 2)}
+    counts: dict[str, float] = {**read.counts, f"longer than {finetuned.inputs.max_length} tokens": encoded.truncated}
+    counts["seconds"] = round(perf_counter() - started, 2)
     record = score_record(task, split, read.examples, found, data=folder, method="fine-tuned head", counts=counts)
     return Scored(record | about((task, folder), options), task, read.examples, found)
 
@@ -195,9 +199,16 @@ def _score_task(
     every = list(answers(Evaluation(loaded, task, read.examples, train, settings, process)))
     seconds = round(perf_counter() - started, 2)  # of all rules together: they share what they read
     for found in every:
-        counts = {**read.counts, "prompts cut to fit": found.cut, "seconds": seconds}
-        how = {"rule": found.rule, "data": folder, "method": found.method, "counts": counts}
-        record = score_record(task, split, read.examples, found.predictions, **how)
+        record = score_record(
+            task,
+            split,
+            read.examples,
+            found.predictions,
+            rule=found.rule,
+            data=folder,
+            method=found.method,
+            counts={**read.counts, "prompts cut to fit": found.cut, "seconds": seconds},
+        )
         yield Scored(record, task, read.examples, found.predictions)
 
 
@@ -234,7 +245,6 @@ def _score_text(loaded: LoadedModel, path: Path, options: EvaluateOptions, proce
             print(f"scoring    {PERPLEXITY} {name}: {len(texts)} documents of {path}", flush=True)
         started = perf_counter()
         scores, counts = perplexity(loaded, texts, length, stride, options.batch, process)
-        n = counts["tokens"]
-        counts["seconds"] = round(perf_counter() - started, 2)
-        record = {"task": PERPLEXITY, "split": name, "method": method, "n": n, "counts": counts}
+        n, seconds = counts["tokens"], round(perf_counter() - started, 2)
+        record = {"task": PERPLEXITY, "split": name, "method": method, "n": n, "counts": {**counts, "seconds": seconds}}
         yield Scored(record | {"scores": {key: {"value": value, "n": n} for key, value in scores.items()}})

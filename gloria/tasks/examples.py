@@ -7,10 +7,12 @@ depend on each other, which a bootstrap draws together. `targets` are the heads 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 NOT_FOUND = -1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,12 @@ class ChoicePrediction:
 
 
 Prediction = PairPrediction | SpanPrediction | WordPrediction | ChoicePrediction
+
+
+def all_of(kind: type[T], values: Iterable[object]) -> list[T]:
+    """The examples or predictions, all of which are of one kind, as those of a task's family are."""
+    found = []
+    for value in values:
+        assert isinstance(value, kind), f"{value} is no {kind.__name__}"
+        found.append(value)
+    return found

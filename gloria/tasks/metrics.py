@@ -199,9 +199,11 @@ def mse(a: Answered) -> Measure:
 def mean_f1_pearson(a: Answered) -> Measure:
     """The mean of macro-F1 and Pearson's r: no official metric, it chooses a model with two heads."""
     f, r = macro_f1(a), pearson(a)
+    weighted_f1 = f.weighted
+    assert weighted_f1 is not None
     return Measure(
         lambda label, said, x, y: (f.exact(label, said) + r.exact(x, y)) / 2,
-        lambda w, label, said, x, y: (f.weighted(w, label, said) + r.weighted(w, x, y)) / 2,
+        lambda w, label, said, x, y: (weighted_f1(w, label, said) + correlation(w, x, y)) / 2,
         (*f.columns, *r.columns),
         a.groups,
         reason=r.reason,
@@ -211,6 +213,7 @@ def mean_f1_pearson(a: Answered) -> Measure:
 
 def _scores(a: Answered) -> tuple[Array, Array]:
     """Gold and predicted scores. A missing one is 0, as ASSIN's script has it; where 0 may be right, the far end."""
+    assert a.task.range is not None, f"{a.task.name} has scores and no range"
     low, high = a.task.range
     gold = np.array([pair.score for pair in a.gold], float)
     wrong = np.where(low > 0, 0.0, np.where(gold - low > high - gold, low, high))

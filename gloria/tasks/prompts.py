@@ -49,8 +49,8 @@ def ask_pair(task: Task, example: Pair, target: str) -> Prompt:
     if target == "entailment":
         gold = template.words.get(example.label or "")
         return Prompt(context, answers, tuple(template.words), gold and f" {gold}")
-    values = tuple(map(float, template.words))
-    nearest = None if example.score is None else min(values, key=lambda value: abs(value - example.score))
+    values, score = tuple(map(float, template.words)), example.score
+    nearest = None if score is None else min(values, key=lambda value: abs(value - score))
     return Prompt(context, answers, values, None if nearest is None else answers[values.index(nearest)])
 
 

@@ -132,14 +132,15 @@ def difference(a: Measure, b: Measure, resamples: int, seed: int) -> Difference:
 
     A share of independent right answers is tested by McNemar's exact test.
     """
-    reason = a.reason or b.reason or ("" if a.weighted else "no paired test for a threshold chosen on these examples")
-    if reason or a.weighted is None:
+    weighted = a.weighted
+    reason = a.reason or b.reason or ("" if weighted else "no paired test for a threshold chosen on these examples")
+    if reason or weighted is None:
         return Difference(None, None, None, None, a.n, reason)
     both = tuple(np.concatenate(pair) for pair in zip(a.columns, b.columns))
 
     def apart(of_a: Array, of_b: Array) -> Array:
         """The difference when A's metric takes the rows of both models with these weights, and B's with those."""
-        return a.weighted(of_a, *both) - a.weighted(of_b, *both)
+        return weighted(of_a, *both) - weighted(of_b, *both)
 
     found = float(a.exact(*a.columns) - b.exact(*b.columns))
     draws = np.concatenate(

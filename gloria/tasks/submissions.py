@@ -11,7 +11,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gloria.errors import UserError
-from gloria.tasks.examples import ChoicePrediction, Example, PairPrediction, Prediction, SpanPrediction, WordPrediction
+from gloria.tasks.examples import (
+    ChoicePrediction,
+    Example,
+    Pair,
+    PairPrediction,
+    Prediction,
+    SpanPrediction,
+    WordPrediction,
+    all_of,
+)
 from gloria.tasks.formats.files import Problems, json_rows
 from gloria.tasks.task import Task
 
@@ -40,10 +49,10 @@ def write_submission(
     for prefix in prefixes:
         chosen = [example for example in examples if example.id.startswith(prefix)]
         path = folder / f"{prefix}{task.submission}"
-        found = [(example, predictions[example.id]) for example in chosen if example.id in predictions]
+        found = [example for example in chosen if example.id in predictions]
         if path.suffix == ".tsv" and len(found) < len(chosen):
             raise UserError(f"{path}: {len(chosen) - len(found)} examples have no prediction; GLUE needs every row")
-        path.write_bytes(_FORMATS[path.suffix](found, prefix))
+        path.write_bytes(_FORMATS[path.suffix](found, [predictions[example.id] for example in found], prefix))
         written.append(path)
     return written
 
@@ -93,17 +102,17 @@ def _fields(prediction: Prediction) -> dict[str, object]:
     row: dict[str, Any] = {}
     for field in dataclasses.fields(prediction):
         value = getattr(prediction, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value == field.default or any(number != number for number in numbers):
+        parts = value if isinstance(value, tuple) else (value,)
+        if value == field.default or any(part != part for part in parts):
             continue
-        numbers = [max(-1e308, min(one, 1e308)) if isinstance(one, float) else one for one in numbers]
-        row[field.name] = numbers if isinstance(value, tuple) else numbers[0]
+        finite = [max(-1e308, min(part, 1e308)) if isinstance(part, float) else part for part in parts]
+        row[field.name] = finite if isinstance(value, tuple) else finite[0]
     return row
 
 
-def _xml(predictions: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
+def _xml(examples: Sequence[Example], predictions: Sequence[Prediction], prefix: str) -> bytes:
     root = ElementTree.Element("entailment-corpus")
-    for pair, said in predictions:
+    for pair, said in zip(all_of(Pair, examples), all_of(PairPrediction, predictions)):
         row = {"id": pair.id.removeprefix(prefix)}
         row |= {"entailment": said.label} if said.label is not None else {}
         row |= {"similarity": f"{said.score:.4f}"} if said.score is not None else {}
@@ -114,17 +123,20 @@ def _xml(predictions: Sequence[tuple[Example, Prediction]], prefix: str) -> byte
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
 
 
-def _tsv(predictions: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
-    rows = [f"{e.id}\t{said.label if said.score is None else f'{said.score:.4f}'}\n" for e, said in predictions]
+def _tsv(examples: Sequence[Example], predictions: Sequence[Prediction], prefix: str) -> bytes:
+    values = [p.label if p.score is None else f"{p.score:.4f}" for p in all_of(PairPrediction, predictions)]
+    rows = [f"{example.id}\t{value}\n" for example, value in zip(examples, values)]
     return "".join(["index\tprediction\n", *rows]).encode()
 
 
-def _json(predictions: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
-    return json.dumps({example.id: said.said for example, said in predictions}, ensure_ascii=False, indent=1).encode()
+def _json(examples: Sequence[Example], predictions: Sequence[Prediction], prefix: str) -> bytes:
+    texts = {e.id: prediction.said for e, prediction in zip(examples, all_of(SpanPrediction, predictions))}
+    return json.dumps(texts, ensure_ascii=False, indent=1).encode()
 
 
-def _jsonl(predictions: Sequence[tuple[Example, Prediction]], prefix: str) -> bytes:
-    return "".join(_line({"id": e.id.removeprefix(prefix)} | _fields(said)) for e, said in predictions).encode()
+def _jsonl(examples: Sequence[Example], predictions: Sequence[Prediction], prefix: str) -> bytes:
+    lines = (_line({"id": e.id.removeprefix(prefix)} | _fields(p)) for e, p in zip(examples, predictions))
+    return "".join(lines).encode()
 
 
 _FORMATS = {".xml": _xml, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}

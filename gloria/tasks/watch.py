@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,7 +129,7 @@ def watch(
             return _end(watcher, process, failed=decided == FAILED)
         else:
             step = decided - FIRST
-            bits = rank0_decides(process, lambda step=step: watcher.missing(step))
+            bits = rank0_decides(process, partial(watcher.missing, step))
             missing = [task for number, task in enumerate(tasks) if bits >> number & 1]
             _score_one(watcher, step, missing, process, load, score)
     if process.is_main:
@@ -171,6 +172,7 @@ def _score_one(
             watcher.passed.add(checkpoint)
             warn(f"{next(filter(None, problems))}; the checkpoint of step {step} is passed over")
         return
+    assert model is not None
     records = []
     for record in score(model, missing):
         records.append(record)

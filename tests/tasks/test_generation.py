@@ -77,6 +77,7 @@ def load(path: Path, *, foreign: bool = False) -> LoadedModel:
         loaded = replace(loaded, language_model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     loaded.language_model.eval()
     loaded.tokenizer.decode = lambda ids, **_: "".join(f"<{token}>" for token in ids)
+    loaded.tokenizer.batch_decode = lambda rows, **_: [loaded.tokenizer.decode(ids) for ids in rows]
     return loaded
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gloria.errors import UserError
 from gloria.tasks.examples import Choice
@@ -72,7 +72,8 @@ def read_wsc(path: Path, task: Task) -> Loaded:
 
     The file does not say which schemas are twins: neighbours that share half their words are, and are drawn together.
     """
-    problems, examples, places = Problems(path), [], []
+    problems, places = Problems(path), []
+    examples: list[Choice] = []
     mended = foreign = 0
     before: list[str] = []
     for place, row in _rows(path, problems):
@@ -95,7 +96,7 @@ def read_wsc(path: Path, task: Task) -> Loaded:
     return _loaded(path, examples, places, counts, problems)
 
 
-def _are_texts(values: Any) -> bool:
+def _are_texts(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(value, str) and value.strip() for value in values)
 
 
@@ -127,7 +128,7 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[int | str, dict[str,
 
 
 def _loaded(
-    path: Path, examples: list[Choice], places: list[int | str], counts: dict[str, int], problems: Problems
+    path: Path, examples: list[Choice], places: Sequence[int | str], counts: dict[str, int], problems: Problems
 ) -> Loaded:
     check_unique(examples, places, problems)
     problems.report()

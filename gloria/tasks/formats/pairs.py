@@ -61,7 +61,7 @@ def read_table(path: Path, task: Task) -> Loaded:
         label, score = _gold({"entailment" if task.labels else "similarity": gold}, task, line, problems)
         if not all(isinstance(text, str) and text.strip() for text in texts[: 1 + ("second" in column)]):
             problems.add(line, "a sentence is empty or no text; every row needs its sentences")
-        pairs.append(Pair(str(row.get(column["id"], number)), *map(str, texts), label, score))
+        pairs.append(Pair(str(row.get(column["id"], number)), str(texts[0]), str(texts[1]), label, score))
     check_unique(pairs, [line for line, _ in rows], problems)
     problems.report()
     counts = _counts(pairs)

@@ -26,10 +26,12 @@ def read_squad(path: Path, task: Task) -> Loaded:
     spans: list[Span] = []
     places: list[int | str] = []
     for place, context, question in _questions(path, problems):
-        span = _span(place, context, question, counts, problems)
-        if span:
-            spans.append(span)
-            places.append(place)
+        span = _span(context, question, counts)
+        if isinstance(span, str):
+            problems.add(place, span)
+            continue
+        spans.append(span)
+        places.append(place)
     if not spans and not problems.lines:
         raise UserError(f"{path}: has no question; SQuAD's JSON or rows of questions are expected")
     check_unique(spans, places, problems)
@@ -40,25 +42,23 @@ def read_squad(path: Path, task: Task) -> Loaded:
     return Loaded(list(spans), shown | {"answers": counts["answers"]} | {name: counts[name] for name in names})
 
 
-def _span(place: int | str, context: Any, row: Any, counts: Counter[str], problems: Problems) -> Span | None:
+def _span(context: Any, row: dict[str, Any], counts: Counter[str]) -> Span | str:
+    """The question in a row, or what is wrong with the row."""
     answers = row.get("answers")
     if isinstance(answers, dict):
-        columns = [answers.get(key) for key in ("text", "answer_start")]
-        if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
-            return problems.add(
-                place, "answers has not as many texts as offsets; text and answer_start, two lists, are expected"
-            )
-        answers = [{"text": text, "answer_start": start} for text, start in zip(*columns)]
-    texts = (row.get("id"), row.get("question"), context)
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        return problems.add(place, "a part is missing or no text; id, question and context are expected")
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            return "answers has not as many texts as offsets; text and answer_start, two lists, are expected"
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
+    if not all(isinstance(text, str) and text.strip() for text in (row.get("id"), row.get("question"), context)):
+        return "a part is missing or no text; id, question and context are expected"
     found: list[tuple[str, int]] = []
     if not isinstance(answers, list | None):
-        return problems.add(place, "answers is no list; a list of text and answer_start is expected")
+        return "answers is no list; a list of text and answer_start is expected"
     for answer in answers or []:
         text, start = (answer.get(key) if isinstance(answer, dict) else None for key in ("text", "answer_start"))
         if not isinstance(text, str) or type(start) is not int:
-            return problems.add(place, "an answer is not whole; text and a whole answer_start are expected")
+            return "an answer is not whole; text and a whole answer_start are expected"
         here = start >= 0 and context[start : start + len(text)] == text
         found.append((text, start if here else NOT_FOUND))
         counts["answers"] += 1
@@ -67,7 +67,7 @@ def _span(place: int | str, context: Any, row: Any, counts: Counter[str], proble
     # A file of flat rows says it by an empty list, which in a nested file of SQuAD 1.1 is a hidden answer.
     impossible = bool(row.get("is_impossible", isinstance(row.get("answers"), dict) and not found))
     if impossible and found:
-        return problems.add(place, "is_impossible, and yet it has answers; take out one of them")
+        return "is_impossible, and yet it has answers; take out one of them"
     counts["impossible"] += impossible
     counts["impossible without plausible"] += impossible and not row.get("plausible_answers")
     return Span(

@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -41,7 +42,7 @@ from gloria.model.config import TransformerConfig, read_shape
 from gloria.model.decode import begin
 from gloria.model.families import find_family, read_config
 from gloria.model.huggingface import read_tensors, weight_files, write_folder
-from gloria.model.transformer import Transformer
+from gloria.model.transformer import Block, Transformer
 
 _NO_LIMIT = 1_000_000  # a tokenizer without a length limit has a number far above
 _PROBE = "O gato dorme."
@@ -82,6 +83,11 @@ class LoadedModel:
     max_length: int | None  # tokens the model can see at once; None: no limit is known
     language_model: nn.Module | None  # with the head that predicts the next token, where it was requested
     pads_left: bool = True  # padding on the left changes nothing that the language model writes
+
+    def require_language_model(self) -> nn.Module:
+        """The language model of a model that was loaded with it."""
+        assert self.language_model is not None, f"{self.source} was loaded without its language model"
+        return self.language_model
 
 
 def load_model(name: str, *, language_model: bool = False) -> LoadedModel:
@@ -143,7 +149,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build(kind: Any, folder: Path, config: PretrainedConfig) -> tuple[nn.Module, dict[str, Any]]:
+def build(kind: Any, folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model that `kind` (AutoModel, ...) has for `config`, fp32, with the safetensors weights of a folder.
 
     Returns also what transformers reports of the loading. It is given tensors, for of files it would accept pickled
@@ -177,16 +183,17 @@ def checkpoint_activations(backbone: Backbone, kind: str) -> None:
     """
     if isinstance(backbone.body, Transformer):
         for block in backbone.blocks():
+            assert isinstance(block, Block)
             block.activation_checkpointing = kind
         return
     if kind == "selective":
         raise UserError("train.activation_checkpointing: selective is for GPT-2 and GPT-Neo; set it to full or none")
     if kind == "full":
-        # Its older name goes with transformers 6, and 5.17 has not the newer one.
-        name = "activation_checkpointing_enable"
-        enable = getattr(backbone.body, name, None) or backbone.body.gradient_checkpointing_enable
+        # The older name goes with transformers 6, and 5.17 does not have the newer one.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        name = next(name for name in names if hasattr(backbone.body, name))
         try:
-            enable({"use_reentrant": False})
+            getattr(backbone.body, name)({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"train.activation_checkpointing: the model cannot ({error}); set it to none") from None
 
@@ -200,6 +207,7 @@ def save_model(
         if isinstance(backbone.body, Transformer):
             write_folder(folder, backbone.body.shape, state.items(), work, dtype)
             return
+        assert isinstance(backbone.body, PreTrainedModel)
         backbone.body.save_pretrained(folder, state_dict=state)
         for file in Path(work).iterdir():
             shutil.copy2(file, folder / file.name)

@@ -8,7 +8,7 @@ texts, and the last token of a causal model has seen everything.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ class Row:
     ids: list[int]
     types: list[int]
     example: int  # index into the examples
-    targets: dict[str, float | tuple[int, int]] = field(default_factory=dict)  # by head; empty where unlabelled
+    targets: Mapping[str, float | tuple[int, int]] = field(default_factory=dict)  # by head; empty where unlabelled
     first: int = 0  # place of the window's first context token
     null: int = 0  # place that stands for "no answer"
     offsets: tuple[tuple[int, int], ...] = ()  # characters of the context that each token of the window stands for
@@ -225,7 +225,13 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device, targets: Ite
     return to_device(batch, device)
 
 
-def _row(template: Template, first: list[int], second: list[int], number: int, targets: dict) -> Row:
+def _row(
+    template: Template,
+    first: list[int],
+    second: list[int],
+    number: int,
+    targets: Mapping[str, float | tuple[int, int]],
+) -> Row:
     parts = [list(template.start), first, list(template.middle), second, list(template.end)]
     if not second:  # a single text
         parts[2] = []

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -61,14 +62,15 @@ def _write(finetuned: FinetunedModel, folder: Path, work: Path) -> tuple[str, fl
     template = read_template(finetuned.tokenizer)
     tokenizer = _tokenizer(finetuned, template)
     model = _build(finetuned, folder)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > _embedding(model).num_embeddings:
         _add_padding_row(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id  # not before: the embedding may have had no such row
     weights = load_file(folder / HEAD)
     (name,) = heads
-    final = (_projections(model) or [None])[-1]
-    if final is None or final.out_features != heads[name]:
+    projections = _projections(model)
+    if not projections or projections[-1].out_features != heads[name]:
         raise CannotExport(f"{type(model).__name__} does not end in a projection to {heads[name]}")
+    final = projections[-1]
     with torch.no_grad():
         final.weight.copy_(weights[f"{name}.weight"])
         bias = weights.get(f"{name}.bias", torch.zeros(heads[name]))
@@ -96,10 +98,10 @@ def _tokenizer(finetuned: FinetunedModel, template: Template) -> PreTrainedToken
     tokenizer.model_max_length = finetuned.inputs.max_length
     names = tokenizer.convert_ids_to_tokens
     start, middle, end = (
-        [names(number) for number in part] for part in (template.start, template.middle, template.end)
+        [str(names(number)) for number in part] for part in (template.start, template.middle, template.end)
     )
     # "$A:0" is the first text, of type 0.
-    parts = [start, ["$A"], middle, ["$B"], end]
+    parts: list[list[str]] = [start, ["$A"], middle, ["$B"], end]
     pair = [f"{piece}:{kind}" for part, kind in zip(parts, template.types) for piece in part]
     single = [f"{piece}:{template.types[0]}" for part in (start, ["$A"], end) for piece in part]
     special = {*template.start, *template.middle, *template.end}
@@ -109,7 +111,7 @@ def _tokenizer(finetuned: FinetunedModel, template: Template) -> PreTrainedToken
     return tokenizer
 
 
-def _build(finetuned: FinetunedModel, folder: Path) -> nn.Module:
+def _build(finetuned: FinetunedModel, folder: Path) -> PreTrainedModel:
     """The class with the backbone's weights; its head's are still random."""
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     inputs = finetuned.inputs
@@ -135,13 +137,13 @@ def _build(finetuned: FinetunedModel, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _projections(model: nn.Module) -> list[nn.Linear]:
+def _projections(model: PreTrainedModel) -> list[nn.Linear]:
     """The linear layers outside the backbone, in their order."""
     inside = {id(module) for module in model.base_model.modules()}
     return [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
 
 
-def _set_between(model: nn.Module, final: nn.Linear, pooler: nn.Module | None) -> None:
+def _set_between(model: PreTrainedModel, final: nn.Linear, pooler: nn.Module | None) -> None:
     """Make a square layer before the final projection our pooler where the class has none, and otherwise undo it.
 
     With z = Wx that layer gives z and -z, and the projection subtracts what has become of them: f(z) - f(-z) is z for
@@ -152,7 +154,7 @@ def _set_between(model: nn.Module, final: nn.Linear, pooler: nn.Module | None) -
         return
     (layer,) = between
     if pooler is not None:
-        layer.load_state_dict(pooler.dense.state_dict())
+        layer.load_state_dict(pooler.get_submodule("dense").state_dict())
         return
     for parameter in layer.parameters():
         parameter.zero_()
@@ -173,14 +175,21 @@ def _fold(bias: Tensor, weight: Tensor, body: nn.Module) -> None:
     shift += bias * weight[0] / weight[0].square().sum()
 
 
-def _add_padding_row(model: nn.Module, tokens: int) -> None:
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise CannotExport(f"{type(model).__name__} has no table of embeddings")
+    return embedding
+
+
+def _add_padding_row(model: PreTrainedModel, tokens: int) -> None:
     """Room for a pad token; what its embedding is no mask lets through."""
     model.resize_token_embeddings(tokens, mean_resizing=False)
-    model.get_input_embeddings().weight.data[-1] = 0.0
+    _embedding(model).weight.data[-1] = 0.0
 
 
 @torch.no_grad()
-def _difference(finetuned: FinetunedModel, model: nn.Module, template: Template, pad_id: int) -> float:
+def _difference(finetuned: FinetunedModel, model: PreTrainedModel, template: Template, pad_id: int) -> float:
     """How far the logits of both are apart at most, on random rows of different lengths."""
     generator = torch.Generator().manual_seed(0)
     limit = min(finetuned.inputs.max_length, 48) - template.special(True)

@@ -23,7 +23,7 @@ from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.files import parse_json_object, partial_folder, publish, read_bounded, to_json
 from gloria.tasks.catalog import find_task
-from gloria.tasks.examples import Example, PairPrediction, Prediction, SpanPrediction
+from gloria.tasks.examples import Example, Pair, PairPrediction, Prediction, Span, SpanPrediction, all_of
 from gloria.tasks.models.backbones import load_model, save_model
 from gloria.tasks.models.encode import (
     Encoded,
@@ -86,8 +86,9 @@ def encode(finetuned: FinetunedModel, examples: Sequence[Example], *, training: 
     if SPAN in inputs.heads:
         causal = finetuned.model.backbone.causal
         length, stride = inputs.max_length, inputs.stride
-        return encode_spans(examples, finetuned.tokenizer, length, stride, causal=causal, training=training)
-    return encode_pairs(finetuned.task, examples, finetuned.tokenizer, inputs.max_length)
+        spans = all_of(Span, examples)
+        return encode_spans(spans, finetuned.tokenizer, length, stride, causal=causal, training=training)
+    return encode_pairs(finetuned.task, all_of(Pair, examples), finetuned.tokenizer, inputs.max_length)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -143,7 +144,7 @@ def to_predictions(
     if SPAN in inputs.heads:
         return {
             name: SpanPrediction(text, margin if inputs.no_answer else float("-inf"))
-            for name, text, margin in best_spans(rows, outputs, examples, inputs.max_answer_tokens)
+            for name, text, margin in best_spans(rows, outputs, all_of(Span, examples), inputs.max_answer_tokens)
         }
     classes = inputs.heads.get(LABEL, 0)
     found: dict[str, Prediction] = {}

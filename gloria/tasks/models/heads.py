@@ -56,6 +56,7 @@ def initialise_heads(model: TaskModel, seed: int, mean_score: float) -> None:
     """Small random weights, the same on every rank; a number starts out as the mean of the training set."""
     generator = torch.Generator().manual_seed(seed)
     for name, head in model.heads.items():
+        assert isinstance(head, nn.Linear)
         head.weight.copy_(torch.empty(head.weight.shape).normal_(std=0.02, generator=generator))
         if head.bias is not None:
             head.bias.fill_(mean_score if name == SCORE else 0.0)

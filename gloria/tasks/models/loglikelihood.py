@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.model.decode import begin, end_ids
+from gloria.model.decode import OwnCache, begin, end_ids
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import LoadedModel
 from gloria.tasks.models.encode import rank_batches, sum_over_ranks, tokenize
@@ -87,7 +87,7 @@ def log_likelihoods(loaded: LoadedModel, requests: Sequence[Request], batch_size
     Our own models read the context that several requests share once.
     """
     found = torch.zeros(len(requests), 2, dtype=torch.float64)
-    model = loaded.language_model
+    model = loaded.require_language_model()
     groups = _by_context(requests) if isinstance(model, Transformer) else [[number] for number in range(len(requests))]
     alone = [group[0] for group in groups if len(group) == 1]
     for chosen in rank_batches([len(requests[number].ids) for number in alone], batch_size, process, "scoring"):
@@ -100,6 +100,7 @@ def log_likelihoods(loaded: LoadedModel, requests: Sequence[Request], batch_size
         room = max(requests[number].scored for group in batch for number in group)
         contexts = [requests[group[0]].ids[: -requests[group[0]].scored] for group in batch]
         state, _ = begin(model, contexts, room, process.device)
+        assert isinstance(state, OwnCache), "only our own models share contexts"
         for turn in range(max(map(len, batch))):
             # A group with fewer answers than others repeats its last one.
             numbers = [group[min(turn, len(group) - 1)] for group in batch]
@@ -175,13 +176,14 @@ def _decode(loaded: LoadedModel, groups: Sequence[Sequence[_Row]], device: torch
     """The rows of the groups with their tokens; those of a group begin alike, and are read as one."""
     live = [row for group in groups for row in group]
     room = max(setting.max_new_tokens for row in live for setting in row.open.values())
-    state, logits = begin(loaded.language_model, [group[0].start for group in groups], room, device)
+    model = loaded.require_language_model()
+    state, logits = begin(model, [group[0].start for group in groups], room, device)
     going = [number for number, group in enumerate(groups) for _ in group]
     if len(going) > len(groups):
         index = torch.tensor(going, device=device)
         state.keep(index)
         logits = logits[index]
-    rows, ends = live, end_ids(loaded.language_model, loaded.tokenizer.eos_token_id)
+    rows, ends = live, end_ids(model, loaded.tokenizer.eos_token_id)
     while True:
         tokens = _penalise(logits, live).argmax(dim=1)
         for row, token in zip(live, tokens.tolist()):
@@ -280,7 +282,7 @@ def _penalise(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, start: list[int], new: list[int]) -> str:
     """What the tokens `new` add to the text of `start`: alone, a first piece may lose its leading space."""
-    before, after = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (start, start + new))
+    before, after = tokenizer.batch_decode([start, start + new], skip_special_tokens=True)
     return after[len(before) :]
 
 

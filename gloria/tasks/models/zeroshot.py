@@ -19,9 +19,11 @@ from gloria.errors import UserError
 from gloria.tasks.examples import (
     ChoicePrediction,
     Example,
+    Pair,
     PairPrediction,
     Prediction,
     WordPrediction,
+    all_of,
 )
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.models.backbones import LoadedModel
@@ -106,7 +108,8 @@ def answers(evaluation: Evaluation) -> Iterator[Answers]:
 
 
 def _pairs(evaluation: Evaluation) -> Answers:
-    found: dict[str, dict[str, str | float]] = {example.id: {} for example in evaluation.examples}
+    labels: dict[str, str] = {}
+    scores: dict[str, float] = {}
     cut = 0
     for target in evaluation.task.targets:
         prompts = evaluation.prompts(target)
@@ -116,11 +119,13 @@ def _pairs(evaluation: Evaluation) -> Answers:
             if not np.isfinite(values).all():
                 continue  # weights that are not finite predict nothing
             if target == "entailment":
-                found[example.id]["label"] = str(prompt_.values[int(values.argmax())])
+                labels[example.id] = str(prompt_.values[int(values.argmax())])
             else:
                 weights = np.exp(values - values.max())
-                found[example.id]["score"] = float(weights @ np.array(prompt_.values, float) / weights.sum())
-    predictions: dict[str, Prediction] = {name: PairPrediction(**values) for name, values in found.items()}
+                scores[example.id] = float(weights @ np.array(prompt_.values, float) / weights.sum())
+    predictions: dict[str, Prediction] = {
+        example.id: PairPrediction(labels.get(example.id), scores.get(example.id)) for example in evaluation.examples
+    }
     way = "log-likelihood of the answers (a score is their mean, weighted by probability)"
     return Answers(predictions, f"{evaluation.settings.shots} shots, {way}", cut)
 
@@ -138,7 +143,7 @@ def _original(evaluation: Evaluation) -> Answers:
     task, examples = evaluation.task, evaluation.examples
     if set(task.targets) != {"entailment", "similarity"} or task.labels != ("None", "Entailment"):
         raise UserError(f"--method: the original's prompt is for assin2, not {task.name}; use {LIKELIHOOD}")
-    texts = [original_prompt(example, evaluation.shots(example)) for example in examples]
+    texts = [original_prompt(example, all_of(Pair, evaluation.shots(example))) for example in examples]
     settings = Settings(ORIGINAL_TOKENS, is_over=lambda text: read_original(text + "\n") != PairPrediction())
     ((written, cut),) = evaluation.continuations(texts, [settings])
     predictions: dict[str, Prediction] = {example.id: read_original(text) for example, text in zip(examples, written)}
