@@ -31,6 +31,7 @@ from gloria.config.cli import Problems, parse, suggest
 from gloria.dist.agreement import require_same
 from gloria.dist.manifest import run_and_step
 from gloria.dist.process import Process, leave_process_group, rank0_decides, start_process_group, stop_process_group
+from gloria.model.kernels import use_cudnn_attention
 from gloria.tasks import evaluation
 from gloria.tasks.catalog import TASKS
 from gloria.tasks.compare import compare_models
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             print(line)
         return 0
     process = start_process_group(options.device, timeout_minutes=30)
+    use_cudnn_attention(False)
     try:
         require_same(process, {f"--{key}": value for key, value in vars(options).items()})
         report_data(options, process)

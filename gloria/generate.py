@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gloria.config.cli import Problems, option, parse
 from gloria.errors import UserError, run_command, warn
 from gloria.model.decode import begin, end_ids
+from gloria.model.kernels import use_cudnn_attention
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import load_model
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe=False,
         check=_contradictions,
     ).config
+    use_cudnn_attention(False)
     loaded = load_model(str(arguments.model), language_model=True)
     model, tokenizer = loaded.language_model, loaded.tokenizer
     assert model is not None

@@ -40,7 +40,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Transformer
 
 
 def generate(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> str:
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert main(["--model", str(folder), "--prompt", PROMPT, *flags]) == 0
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # each length would be planned anew
     return capsys.readouterr().out.removesuffix("\n")
 
 

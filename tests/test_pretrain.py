@@ -22,7 +22,7 @@ from gloria.errors import run_command
 from gloria.files import hash_file
 from gloria.pretrain import main
 from gloria.train.metrics import RunLog
-from gloria.train.pretraining import Pretraining
+from gloria.train.pretraining import Pretraining, Windows
 from tests.launch import SMALL, flags, losses, metrics
 
 
@@ -148,8 +148,8 @@ def test_a_metric_of_ones_own_is_one_place(recipe, tmp_path, monkeypatch):
     """A sum that the objective returns by name is a mean over tokens in the log, however the batch is cut."""
     honest = Pretraining.row_losses
 
-    def row_losses(self: Pretraining, run: Any, part: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return honest(self, run, part)[0], {"even_tokens": (part[:, 1:] % 2 == 0).sum()}
+    def row_losses(self: Pretraining, run: Any, part: Windows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return honest(self, run, part)[0], {"even_tokens": (part.tokens[:, 1:] % 2 == 0).sum()}
 
     monkeypatch.setattr(Pretraining, "row_losses", row_losses)
     shares = []
@@ -286,10 +286,13 @@ def test_starting_from_a_hugging_face_folder_and_precision_bf16(recipe, tmp_path
     assert abs(losses(tmp_path / "again")[1] - last) < 0.5 < first[1] - last
 
 
-def test_masked_documents_change_the_loss_and_nothing_else(recipe, tmp_path):
-    for masked in ("false", "true"):
+def test_masked_documents_change_the_loss_and_nothing_else(recipe, tmp_path, capsys):
+    for masked, layers in (("false", "local layers"), ("true", "local layers and masked documents")):
+        torch.backends.cuda.enable_cudnn_sdp(False)
         options = flags(recipe, train__steps=2, data__mask_documents=masked, run__dir=tmp_path / masked)
         assert main(options) == 0
+        assert f"\nattention   {layers} by sdpa with a mask: no GPU is used\n" in capsys.readouterr().out
+        assert torch.backends.cuda.cudnn_sdp_enabled()
     plain, masked = (metrics(tmp_path / folder, "train")[0] for folder in ("false", "true"))
     assert plain["loss"] == pytest.approx(masked["loss"], rel=0.02)
     assert plain["loss"] != masked["loss"]

@@ -31,9 +31,9 @@ TEXT = (
 )
 
 
-def build_model(shape: TransformerConfig, *, seed: int = 0, activation_checkpointing: str = "none") -> Transformer:
-    """A model with the values that a run of `seed` starts from."""
-    model = Transformer(shape, activation_checkpointing=activation_checkpointing)
+def build_model(shape: TransformerConfig, *, seed: int = 0, **options: str) -> Transformer:
+    """A model with the values that a run of `seed` starts from; `options` are those of Transformer."""
+    model = Transformer(shape, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, shape, seed))

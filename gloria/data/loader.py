@@ -20,6 +20,7 @@ from gloria.data.stream import TokenStream
 from gloria.errors import UserError
 
 CHUNK_BYTES = 1 << 20  # of tokens copied at once: many small steps share the cost of handing them over
+PLACE_TOKENS = 128  # flash attention's backward rounds each document up to so many, so that more places cost memory
 
 
 class Batch(NamedTuple):
@@ -133,6 +134,25 @@ def validation_windows(stream: TokenStream, length: int, limit: int) -> np.ndarr
     total = stream.num_windows(length)
     count = min(limit, total)
     return np.arange(count, dtype=np.int64) * total // max(1, count)
+
+
+def document_bounds(ids: np.ndarray, eos_id: int) -> np.ndarray:
+    """Where the documents in rows `ids` (rows, seq) begin, the rows laid end to end, and where the last ends.
+
+    A row begins a document, and so does what follows an EOS. (places + 1,) int32 from 0 to rows * seq, with documents
+    without tokens behind the last: attention is compiled for a number of places, so that it is nearly always the same,
+    one for 128 tokens, and doubled until it is enough.
+    """
+    rows, length = ids.shape
+    begins = np.ones((rows, length), bool)
+    np.equal(ids[:, :-1], eos_id, out=begins[:, 1:])
+    first = np.flatnonzero(begins)
+    places = rows * max(2, -(-length // PLACE_TOKENS))
+    while places < first.size:
+        places *= 2
+    bounds = np.full(places + 1, rows * length, np.int32)
+    bounds[: first.size] = first
+    return bounds
 
 
 def _read_ahead(chunks: Iterator[Iterator[Batch]], into: queue.Queue, close: threading.Event) -> None:

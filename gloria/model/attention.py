@@ -1,8 +1,13 @@
-"""Causal attention, over the whole sequence or over a window, by torch's scaled_dot_product_attention."""
+"""Causal attention, over the whole sequence or over a window.
+
+By torch's scaled_dot_product_attention; layers with a window and masked documents by another kernel, where
+`gloria.model.kernels` has chosen one.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +15,15 @@ from torch import Tensor
 
 
 class Masks(NamedTuple):
-    """What is added to attention scores: 0 where a token may look, -inf elsewhere.
+    """Where tokens may look in layers without and with a window; None: at all before them.
 
-    The shapes are those of `attention_masks`; those of `cache_masks` are (rows, 1, seq, capacity) both.
+    For sdpa it is what is added to attention scores: 0 where a token may look, -inf elsewhere. Its shapes are those of
+    `attention_masks`; those of `cache_masks` are (rows, 1, seq, capacity) both. For varlen flash it is where sequences
+    begin and end, for FlexAttention a BlockMask.
     """
 
-    whole: Tensor | None  # (batch, 1, seq, seq); None: plain causality
-    local: Tensor | None  # (batch * blocks, 1, window, 2 * window); None: the sequence fits into one window
+    whole: Any  # sdpa: (batch, 1, seq, seq); varlen: (sequences + 1,) int32
+    local: Any  # sdpa: (batch * blocks, 1, window, 2 * window), None where the sequence fits into one window
 
 
 def attend(
@@ -49,10 +56,16 @@ def attend(
         return _attention(query, *cache.transpose(2, 3), mask, scale, dropout).flatten(2)
     if cache is not None:
         cache[:, :, :, : key.shape[1]] = torch.stack((key, value)).transpose(2, 3)
-    if 0 < window < query.shape[1]:
-        output = _local_attention(query, key, value, masks.local, window, scale, dropout)
+    local = 0 < window < query.shape[1]
+    mask = masks.local if local else masks.whole
+    if mask is not None and not isinstance(mask, Tensor):
+        output = _flex_attention(query, key, value, mask, scale)
+    elif mask is not None and mask.dtype == torch.int32:
+        output = _varlen_attention(query, key, value, mask, window, scale)
+    elif local:
+        output = _local_attention(query, key, value, mask, window, scale, dropout)
     else:
-        output = _attention(query, key, value, masks.whole, scale, dropout)
+        output = _attention(query, key, value, mask, scale, dropout)
     return output.flatten(2)
 
 
@@ -99,6 +112,33 @@ def _local_attention(
     return output.reshape(batch, blocks * window, heads, head_dim)[:, :length]
 
 
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, window: int, scale: float | None
+) -> Tensor:
+    """(batch, seq, heads, head_dim) each; a token sees its sequence, of it the last `window` tokens (0: all before)."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
+
+    batch, length = query.shape[:2]
+    output = varlen_attn(
+        *(x.flatten(0, 1) for x in (query, key, value)),  # (batch * seq, heads, head_dim)
+        bounds,
+        bounds,
+        length,  # no sequence is longer, and a bound that never changes compiles once
+        length,
+        scale=scale,
+        window_size=(window - 1, 0),  # -1: no bound on the left
+    )
+    return output.unflatten(0, (batch, length))
+
+
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None) -> Tensor:
+    """(batch, seq, heads, head_dim) each, and so the output."""
+    from torch.nn.attention.flex_attention import flex_attention  # imports the compiler
+
+    heads = (x.transpose(1, 2) for x in (query, key, value))
+    return flex_attention(*heads, block_mask=mask, scale=scale).transpose(1, 2)
+
+
 def attention_masks(
     batch: int,
     length: int,
@@ -107,13 +147,25 @@ def attention_masks(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    kernel: str = "sdpa",
 ) -> Masks:
-    """The masks for sequences of `length`; `documents`, (batch, seq) integers, hides tokens of other ids.
+    """The masks for sequences of `length`; with `documents` a token sees none of another document.
 
-    `window` is that of the local layers, 0 if there are none. Made once a forward, in the dtype of the
-    queries, and shared by all layers: a boolean mask would be converted, and kept for backward, in every one
-    of them.
+    `documents` are ids, (batch, seq) integers, or the bounds of `gloria.data.loader.document_bounds`, (places + 1,)
+    int32; varlen flash needs bounds, and with ids it is sdpa. `window` is that of the local layers, 0 if there are
+    none. Made once a forward, in the dtype of the queries, and shared by all layers: a boolean mask would be converted,
+    and kept for backward, in every one of them.
     """
+    has_bounds = documents is not None and documents.dim() == 1
+    if kernel == "varlen" and (documents is None or has_bounds):
+        rows = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+        return Masks(documents, rows if documents is None else documents)
+    if has_bounds:
+        places = torch.arange(batch * length, dtype=torch.int32, device=device)
+        documents = torch.searchsorted(documents, places, right=True).view(batch, length)
+    if kernel == "flex":
+        whole = None if documents is None else _block_mask(length, 0, device, documents)
+        return Masks(whole, _block_mask(length, window, device, documents) if 0 < window < length else None)
     whole = local = None
     if documents is not None:
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -132,6 +184,33 @@ def attention_masks(
             allowed = allowed & (padded[:, 1:, :, None] == around[:, :, None, :])
         local = _additive(allowed.flatten(0, 1), dtype)
     return Masks(whole, local)
+
+
+def _block_mask(length: int, window: int, device: torch.device, documents: Tensor | None) -> Any:
+    """FlexAttention's mask, (batch, 1, seq, seq) in blocks; without documents one for all batches."""
+    if documents is None:
+        return _window_blocks(length, window, device)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(query, key, window) & (documents[row, query] == documents[row, key])
+
+    return create_block_mask(allowed, len(documents), None, length, length, device=str(device))
+
+
+@lru_cache(maxsize=8)
+def _window_blocks(length: int, window: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(query, key, window)
+
+    return create_block_mask(allowed, None, None, length, length, device=str(device))
+
+
+def _sees(query: Tensor, key: Tensor, window: int) -> Tensor:
+    distance = query - key
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def cache_masks(positions: Tensor, capacity: int, window: int, dtype: torch.dtype) -> Masks:

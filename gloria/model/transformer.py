@@ -17,20 +17,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from gloria.model.attention import Masks, attend, attention_masks, cache_masks
 from gloria.model.config import TransformerConfig
+from gloria.model.kernels import kept_operations
 from gloria.model.loss import row_loss_sums
 
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
-
-# What selective checkpointing keeps: the outputs that are expensive to compute. The rest (norms, GELU, dropout)
-# is cheap to compute again and most of the memory.
-_KEPT = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
 
 
 class Attention(nn.Module):
@@ -87,9 +77,10 @@ class Block(nn.Module):
     wrap it without changing a parameter's name.
     """
 
-    def __init__(self, shape: TransformerConfig, layer: int, activation_checkpointing: str) -> None:
+    def __init__(self, shape: TransformerConfig, layer: int, activation_checkpointing: str, kept: list) -> None:
         super().__init__()
         self.dropout = shape.dropout
+        self.kept = kept
         self.activation_checkpointing = activation_checkpointing
         self.ln_1 = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
         self.attn = Attention(shape, layer)
@@ -102,7 +93,7 @@ class Block(nn.Module):
         """(batch, seq, hidden) -> (batch, seq, hidden); `cache` and `positions` as in `attend`."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self._layer(hidden, masks, cache, positions)
-        selective = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)}
+        selective = {"context_fn": partial(create_selective_checkpoint_contexts, self.kept)}
         # checkpoint keeps the random state, so that dropout draws the same mask when it is computed again
         return checkpoint(
             self._layer,
@@ -127,15 +118,20 @@ class Transformer(nn.Module):
     whole only there.
     """
 
-    def __init__(self, shape: TransformerConfig, *, activation_checkpointing: str = "none") -> None:
+    def __init__(
+        self, shape: TransformerConfig, *, activation_checkpointing: str = "none", kernel: str = "sdpa"
+    ) -> None:
         super().__init__()
         assert activation_checkpointing in ACTIVATION_CHECKPOINTING
-        self.shape = shape
+        self.shape, self.kernel = shape, kernel
+        kept = kept_operations(kernel)
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(shape.padded_vocab, shape.hidden_size),
                 "wpe": nn.Embedding(shape.max_positions, shape.hidden_size),
-                "h": nn.ModuleList(Block(shape, layer, activation_checkpointing) for layer in range(shape.num_layers)),
+                "h": nn.ModuleList(
+                    Block(shape, layer, activation_checkpointing, kept) for layer in range(shape.num_layers)
+                ),
                 "ln_f": nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon),
             }
         )
@@ -145,8 +141,8 @@ class Transformer(nn.Module):
 
         `ids` (batch, seq) are token ids, seq at most `max_positions`. Without `labels`: logits (batch, seq,
         vocab) in fp32. With `labels` (batch, seq), the token that should come next at each place or -100: the
-        sum of the token losses of each row, (batch,) fp32, in nats. `documents` (batch, seq), integers:
-        attention never crosses from one id to another.
+        sum of the token losses of each row, (batch,) fp32, in nats. `documents` as in `attention_masks`: a token
+        sees none of another one.
         """
         hidden = self.hidden_states(ids, documents)
         if labels is None:
@@ -181,7 +177,9 @@ class Transformer(nn.Module):
         hidden = F.dropout(hidden, self.shape.dropout, self.training)
         window = self.shape.window_size
         if cache is None or positions is None:
-            masks = attention_masks(batch, length, window, documents, device=ids.device, dtype=hidden.dtype)
+            masks = attention_masks(
+                batch, length, window, documents, device=ids.device, dtype=hidden.dtype, kernel=self.kernel
+            )
         else:
             masks = cache_masks(positions, cache.shape[4], window, hidden.dtype)
         for layer, block in enumerate(body.h):

@@ -86,6 +86,13 @@ class LengthSection:
 class TrainConfig(StepSection, LengthSection):  # the fields of the last base come first
     """How long, on what batches, in what precision."""
 
+    attention: str = option(
+        "auto",
+        "kernel of local layers and masked documents: auto takes varlen (flash) where the GPU has it; "
+        "bench/attention.py measures the others",
+        choices=("auto", "varlen", "flex", "sdpa"),
+    )
+
 
 @dataclass(frozen=True)
 class ValidConfig:

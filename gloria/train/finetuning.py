@@ -24,6 +24,7 @@ from gloria.dist.signals import ASKED
 from gloria.dist.step_sums import StepSums
 from gloria.errors import UserError
 from gloria.files import parse_json_object, read_bounded, remove_partial
+from gloria.model.kernels import use_cudnn_attention
 from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
 from gloria.tasks.examples import Example
@@ -159,6 +160,7 @@ def steps_of_epoch(rows: list[Row], global_batch: int) -> int:
 def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Run:
     """Lock the folder, load and shard the model, encode the examples, and go on from the newest checkpoint."""
     config, train = plan.config, plan.config.train
+    use_cudnn_attention(False)
     with opening(config, process) as watch:
         resume_step = lock_and_choose(config, process, folder, watch)
         rank0_decides(process, lambda: remove_partial(folder / MODEL) or 0)

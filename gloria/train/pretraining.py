@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gloria.config.cli import to_mapping
 from gloria.data.corpus import Corpus
-from gloria.data.loader import Loader, validation_windows
+from gloria.data.loader import Loader, document_bounds, validation_windows
 from gloria.data.mixture import Mixture
 from gloria.data.stream import TokenStream
 from gloria.dist.checkpoint_read import open_reader
@@ -29,6 +29,7 @@ from gloria.errors import warn
 from gloria.files import to_json, write_whole
 from gloria.model.config import TransformerConfig
 from gloria.model.huggingface import read_tensors
+from gloria.model.kernels import choose_kernel, use_cudnn_attention
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import build_optimizer
 from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located
@@ -52,6 +53,13 @@ from gloria.train.sections import parse_range
 from gloria.train.summary import describe
 
 
+class Windows(NamedTuple):
+    """A micro-batch, on the device."""
+
+    tokens: Tensor  # (rows, seq + 1) int64
+    documents: Tensor | None  # of the first seq tokens, see `document_bounds`; None: they see each other
+
+
 @dataclass
 class Pretraining:
     """The objective: predict every next token of windows that the mixture draws."""
@@ -69,18 +77,16 @@ class Pretraining:
         return self.mixture.names
 
     def next_batch(self, run: Run) -> StepBatch:
-        """The rows of this rank; micro-batches are (rows, seq + 1) int64."""
+        """The rows of this rank; micro-batches are `Windows`."""
         batch = next(self.loader)
-        # As small as they are on disk; the embedding takes int64.
-        there = to_device({"tokens": batch.tokens, "groups": batch.source}, run.process.device)
         # One rank's rows and the number of passes come out even, see train.config.
-        parts = there["tokens"].to(torch.int64).split(run.config.train.micro_batch)
+        parts, there = windows_on_device(run, batch.tokens, {"groups": batch.source})
         global_tokens = self.mixture.global_batch * self.mixture.sequence_length
         return StepBatch(parts, there["groups"], global_tokens, global_tokens)
 
-    def row_losses(self, run: Run, part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def row_losses(self, run: Run, part: Windows) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed token loss of each window, (rows,); there are no other sums."""
-        return row_loss_sums(run, part, labels=part[:, 1:]), {}
+        return row_loss_sums(run, part, labels=part.tokens[:, 1:]), {}
 
     @torch.no_grad()
     def evaluate(self, run: Run) -> str:
@@ -91,6 +97,7 @@ class Pretraining:
         """
         run.model.eval()
         process, micro_batch, length = run.process, run.config.train.micro_batch, self.mixture.sequence_length
+        no_end = int(self.plan.corpus.manifest.tokenizer.eos_id == 0)  # a missing row is one document
         losses: dict[str, float] = {}
         for name, (stream, windows) in self.valid_streams.items():
             own = windows[process.rank :: process.world]
@@ -99,13 +106,13 @@ class Pretraining:
             for number in range(batches):
                 run.watch.beat(run.step, "validation", slow=run.step == 0)
                 chosen = own[number * micro_batch : (number + 1) * micro_batch]
-                tokens = np.zeros((micro_batch, length + 1), stream.dtype)
+                tokens = np.full((micro_batch, length + 1), no_end, stream.dtype)
                 stream.gather(chosen, length, tokens[: len(chosen)])
-                ids = to_device({"tokens": tokens}, process.device)["tokens"].to(torch.int64)
-                labels = ids[:, 1:].clone()
+                (part,), _ = windows_on_device(run, tokens, {})
+                labels = part.tokens[:, 1:].clone()
                 labels[len(chosen) :] = -100
                 sums = torch.zeros(3, dtype=torch.float64, device=process.device)
-                sums[0] = row_loss_sums(run, ids, labels).sum(dtype=torch.float64)
+                sums[0] = row_loss_sums(run, part, labels).sum(dtype=torch.float64)
                 flags = flags_of(run)
                 sums[1:] = torch.tensor([flags.stop, flags.lock_lost])
                 all_reduce_sums(sums)
@@ -170,14 +177,24 @@ class Pretraining:
         return {"mixture": self.mixture.state_dict(), "model": self.plan.shape.to_dict()}
 
 
-def row_loss_sums(run: Run, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The model's summed token loss of each row, (rows,), on windows `tokens` (rows, seq + 1)."""
-    ids = tokens[:, :-1]
-    documents = None
+def windows_on_device(
+    run: Run, tokens: np.ndarray, more: Mapping[str, np.ndarray]
+) -> tuple[list[Windows], dict[str, Tensor]]:
+    """Windows of tokens (n, seq + 1) as micro-batches, and other arrays by name, in one transfer."""
+    size, bounds = run.config.train.micro_batch, {}
     if run.config.data.mask_documents:
-        ends = (ids == run.objective.plan.corpus.manifest.tokenizer.eos_id).long()
-        documents = ends.cumsum(dim=1) - ends  # an EOS belongs to the document it ends
-    return run.model(ids, labels, documents)
+        eos_id = run.objective.plan.corpus.manifest.tokenizer.eos_id
+        cuts = range(0, len(tokens), size)
+        bounds = {f"documents {at // size}": document_bounds(tokens[at : at + size, :-1], eos_id) for at in cuts}
+    there = to_device({**more, **bounds, "tokens": tokens}, run.process.device)
+    # As small as they are on disk until here; the embedding takes int64.
+    parts = there["tokens"].to(torch.int64).split(size)
+    return [Windows(part, there.get(f"documents {number}")) for number, part in enumerate(parts)], there
+
+
+def row_loss_sums(run: Run, part: Windows, labels: Tensor) -> Tensor:
+    """The model's summed token loss of each window, (rows,)."""
+    return run.model(part.tokens[:, :-1], labels, part.documents)
 
 
 def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) -> Run:
@@ -193,7 +210,27 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         mesh = build_mesh(process, config.dist.replicas)
         resume_step = lock_and_choose(config, process, folder, watch, config.data.skip_samples)
         open_rank_log(folder, process.rank, process.world)
-        model = _build_model(config, plan, process, mesh, precision)
+        compiled = compiles_blocks(config, process)
+        use_cudnn_attention(True)  # windows all have one length
+        with located(config):
+            kernel, attention = choose_kernel(
+                config.train.attention,
+                plan.shape,
+                device=process.device,
+                precision=precision,
+                sequence_length=config.train.sequence_length,
+                mask_documents=config.data.mask_documents,
+                compiled=compiled,
+            )
+        model = shard_model(
+            plan.shape,
+            mesh,
+            process.device,
+            precision=precision,
+            activation_checkpointing=config.train.activation_checkpointing,
+            compile_blocks=compiled,
+            kernel=kernel,
+        )
         card = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else ""
         objective = Pretraining(
             plan=plan,
@@ -230,6 +267,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         prepare_folder(run)
         rank0_decides(process, lambda: _write_start(run))
         if process.is_main:
+            print(f"{'attention':<11} {attention}", flush=True)
             print(describe(config, plan, precision, why), flush=True)
             for warning in plan.warnings:
                 warn(warning)
@@ -243,19 +281,6 @@ def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: P
     return Loader(streams, mixture, rank=process.rank, world=process.world, prefetch=config.data.prefetch)
 
 
-def _build_model(
-    config: PretrainConfig, plan: RunPlan, process: Process, mesh: DeviceMesh, precision: str
-) -> Transformer:
-    return shard_model(
-        plan.shape,
-        mesh,
-        process.device,
-        precision=precision,
-        activation_checkpointing=config.train.activation_checkpointing,
-        compile_blocks=compiles_blocks(config, process),
-    )
-
-
 def shard_model(
     shape: TransformerConfig,
     mesh: DeviceMesh,
@@ -264,6 +289,7 @@ def shard_model(
     precision: str,
     activation_checkpointing: str,
     compile_blocks: bool,
+    kernel: str = "sdpa",
 ) -> Transformer:
     """A Transformer whose parameters live in shards on `mesh`; their values are not set yet (`fill_parameters`).
 
@@ -272,7 +298,7 @@ def shard_model(
     tied embedding whole while the loss is computed inside the root's forward.
     """
     with torch.device("meta"):
-        model = Transformer(shape, activation_checkpointing=activation_checkpointing)
+        model = Transformer(shape, activation_checkpointing=activation_checkpointing, kernel=kernel)
     if compile_blocks:
         for block in model.transformer.h:
             block.compile()

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gloria.model.config import PRESETS, TransformerConfig, count_parameters, parameter_shapes
 from gloria.model.transformer import Transformer, initial_value
+from tests import varlen  # noqa: F401, which has the operation of "varlen" on CPU
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, build_model, gradients, random_ids, uneven_model
 
 families = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -133,16 +134,18 @@ def test_activation_checkpointing_changes_no_gradient(shape: TransformerConfig, 
         assert_same_gradients(train_gradients(build_model(shape, activation_checkpointing=kind)), wanted, 0.0)
 
 
-def test_selective_checkpointing_computes_no_matmul_or_attention_again() -> None:
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_selective_checkpointing_computes_no_matmul_or_attention_again(kernel: str) -> None:
     counts = {}
     for kind in ("none", "full", "selective"):
-        model = build_model(GPT_NEO, activation_checkpointing=kind)
+        model = build_model(GPT_NEO, activation_checkpointing=kind, kernel=kernel)
         ids = random_ids(GPT_NEO, 2, 30)
         loss = model(ids, ids).sum()
         with Calls() as calls:
             loss.backward()
         matmuls = calls.counts["mm"] + calls.counts.get("addmm", 0)
         attentions = calls.counts.get("_scaled_dot_product_flash_attention_for_cpu", 0)
+        attentions += calls.counts.get("torch_attn::_varlen_attn", 0)  # in the local layer, by "varlen"
         counts[kind] = (matmuls, attentions, calls.counts.get("gelu", 0))
     # (4 projections + 2 of the MLP) * 2 layers; checkpoint stops before a block's very last one.
     assert counts["full"] == (counts["none"][0] + 10, 2, 2)
@@ -158,11 +161,13 @@ def test_dropout_stops_in_eval_mode() -> None:
     torch.testing.assert_close(model(ids), build_model(GPT2)(ids))
 
 
-@pytest.mark.parametrize("kind", ["none", "full", "selective"])
-def test_compiled_blocks_have_the_same_names_and_gradients(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("none", "sdpa"), ("full", "sdpa"), ("selective", "sdpa"), ("selective", "varlen")]
+)
+def test_compiled_blocks_have_the_same_names_and_gradients(kind: str, kernel: str) -> None:
     torch._dynamo.reset()
     wanted = train_gradients(build_model(GPT_NEO))
-    model = build_model(GPT_NEO, activation_checkpointing=kind)
+    model = build_model(GPT_NEO, activation_checkpointing=kind, kernel=kernel)
     for block in model.transformer.h:
         block.compile(backend="aot_eager")
     assert_same_gradients(train_gradients(model), wanted, 1e-6)

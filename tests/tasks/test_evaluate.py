@@ -68,10 +68,12 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(neo: Path, data: Path, out: Path, task: str, *more: str) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert (
         evaluate.main([f"--task={task}", f"--model={neo}", f"--data={data}", f"--out={out}", "--device=cpu", *more])
         == 0
     )
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # each length would be planned anew
 
 
 def _on_a_rank(rank: int, world: int, arguments: list[str]) -> None:

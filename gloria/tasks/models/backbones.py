@@ -7,6 +7,7 @@ and its outputs, never off its name.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -57,6 +58,8 @@ class Backbone(nn.Module):
         self.causal = causal  # a token sees only those before it
         self.hidden_size = hidden_size
         self.token_types = token_types  # an embedding distinguishes the two parts of a pair
+        # A cache that nobody reads takes memory, and a compiled layer is compiled again for each of them.
+        self.extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """ids, mask (1: a token, 0: padding on the right) and types, (batch, seq) each, to the hidden states
@@ -64,7 +67,7 @@ class Backbone(nn.Module):
         """
         if isinstance(self.body, Transformer):
             return self.body.hidden_states(ids), None
-        extra = {"token_type_ids": types} if self.token_types else {}
+        extra = self.extra | ({"token_type_ids": types} if self.token_types else {})
         output = self.body(input_ids=ids, attention_mask=mask, **extra)
         return output.last_hidden_state, getattr(output, "pooler_output", None)
 
