@@ -2,7 +2,7 @@
 
     python bench/finetune.py --model runs/small --data folder-with-assin2-plue-faquad [--tasks assin2,rte,stsb,faquad]
 
-Without --data the sample that comes with gloria is taken, to try the script: its scores say nothing.
+Without --data the sample that comes with gloria is taken, to try the script: its scores mean nothing.
 Every number is of a set that is reported (ASSIN-2's test set; dev where tests are hidden), with its 95 % interval.
 The learning rate is a small model's; both starts are given the same one, the same epochs and the same seed.
 """

@@ -1,6 +1,6 @@
-"""python -m gloria.checkpoints --run DIR: what checkpoints a run has, whether they are whole, how the run stands.
+"""python -m gloria.checkpoints --run DIR: the checkpoints of a run, whether they are whole, and the run's state.
 
-What reads checkpoints is imported where it is needed: it takes torch, and --status must answer a job script at once.
+Modules that import torch are imported where they are needed: --status must answer a job script at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class CheckpointsOptions:
 
     run: Path = option(help="the run's folder")
     verify: bool = option(False, "read every byte and compare it with its hash")
-    prune: bool = option(False, "delete all but the newest, and litter of dead launches")
+    prune: bool = option(False, "delete all but the newest, and what dead launches left")
     keep: int = option(
-        CheckpointConfig.keep, "newest checkpoints --prune leaves; a damaged one must not be the end", minimum=2
+        CheckpointConfig.keep, "newest checkpoints --prune leaves; with one, damage to it would end the run", minimum=2
     )
     keep_every: int = option(0, "steps whose multiples --prune leaves (0: none)", minimum=0)
-    status: bool = option(False, "print how the run stands; exit 0 done, 75 to be continued, 1 failed")
+    status: bool = option(False, "print the state of the run; exit 0 done, 75 to be continued, 1 failed")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         CheckpointsOptions,
         argv,
         prog="python -m gloria.checkpoints",
-        description="What checkpoints a run has, and how it stands.",
+        description="List the checkpoints of a run, or print its state.",
         recipe=False,
     ).config
     run_dir = arguments.run
@@ -65,13 +65,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def status_of(run_dir: Path) -> RunStatus:
-    """How a run stands; a fine-tuning with several seeds as the seed that was at work last, done when all are."""
+    """The state of a run; of a fine-tuning with several seeds that of the last active one, done when all are."""
     seeds = [read_status(path.parent) for path in run_dir.glob(f"seed-*/{STATUS}")]
     if not seeds or (run_dir / STATUS).exists():
         return read_status(run_dir)
     last = max(seeds, key=lambda status: status.heartbeat)
     if last.status == "done" and not (run_dir / "results.json").is_file():
-        return replace(last, status="stopped", reason="other seeds are to come")
+        return replace(last, status="stopped", reason="other seeds are still to run")
     return last
 
 
@@ -79,7 +79,7 @@ def describe_status(status: RunStatus, now: float) -> str:
     """One line: state, step, reason, launch and last sign of life."""
     state = status.status
     if state == "running" and not status.alive:
-        state = "dead (it said running, its launch is gone)"
+        state = "dead (it was running, its launch is gone)"
     reason = f", {status.reason}" if status.reason else ""
     age = duration(now - status.heartbeat)
     return f"{state}, step {status.step}{reason}; launch {status.launch}, heartbeat {age} ago"

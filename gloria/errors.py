@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 def warn(message: str) -> None:
-    """One `warning:` line on stderr: something was not done as requested, and the run goes on."""
+    """One `warning:` line on stderr: something was not done as requested, and the run continues."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -39,7 +39,7 @@ def run_command(
 
     A `UserError` becomes one `error:` line a problem and status 2, without a traceback; Ctrl-C becomes one line and
     130, a closed pipe behind stdout 141. Any other exception is a defect of ours and keeps its traceback.
-    `asked_to_end` says, where the command keeps stop signals, whether one has come.
+    `asked_to_end` returns whether a stop signal has come, in a command that catches them.
     """
     try:
         try:

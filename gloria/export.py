@@ -1,7 +1,7 @@
 """Turn a checkpoint of a run into a Hugging Face folder, or a fine-tuned model into a class of transformers.
 
     python -m gloria.export --run runs/demo --out models/demo [--step 1000] [--precision bf16]
-    python -m gloria.export --tuned runs/assin2-entailment/model --out models/assin2
+    python -m gloria.export --finetuned runs/assin2-entailment/model --out models/assin2
 
 One process, no process group, whatever number of ranks saved the checkpoint; at most a few GB of memory for a run, two
 whole models for a fine-tuned one, whose logits are compared.
@@ -27,7 +27,9 @@ class ExportOptions:
 
     out: Path = option(help="the folder to make; it must not be there yet")
     run: Path | None = option(None, "the run's folder")
-    tuned: Path | None = option(None, "instead: a fine-tuned model with one head, or its run")
+    finetuned: Path | None = option(
+        None, "instead: a fine-tuned model with one head, or its run", other_names=("tuned",)
+    )
     step: int | None = option(None, "of which step; by default the newest checkpoint that is whole", minimum=0)
     precision: str = option("fp32", "of the stored weights", choices=tuple(DTYPES))
     dtype: str | None = option(None, "an older name of --precision", choices=tuple(DTYPES))
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe=False,
         check=_contradictions,
     ).config
-    if arguments.tuned:
+    if arguments.finetuned:
         return export_finetuned(arguments)
     assert arguments.run is not None
 
@@ -57,12 +59,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _contradictions(arguments: ExportOptions) -> Problems:
-    if not arguments.tuned:
+    if not arguments.finetuned:
         if not arguments.run:
-            yield ("run",), "is missing; give a run's folder, or --tuned with a fine-tuned model's"
+            yield ("run",), "is missing; give a run's folder, or --finetuned with a fine-tuned model's"
         return
     if arguments.run:
-        yield ("tuned", "run"), "stands for a model of its own beside --run; give one of them"
+        yield ("finetuned", "run"), "names a model, and so does --run; give one of them"
     if arguments.step is not None:
         yield ("step",), "is for --run; leave it out"
     if DTYPES[arguments.dtype or arguments.precision] != "float32":
@@ -77,14 +79,14 @@ def export_finetuned(arguments: ExportOptions) -> int:
     from gloria.tasks.models.export import export_head
     from gloria.tasks.models.finetuned import find_finetuned
 
-    assert arguments.tuned is not None
-    folder = find_finetuned(arguments.tuned)
+    assert arguments.finetuned is not None
+    folder = find_finetuned(arguments.finetuned)
     if folder is None:
-        raise UserError(f"--tuned: {arguments.tuned} holds no task.json; give the folder that a fine-tuning wrote")
+        raise UserError(f"--finetuned: {arguments.finetuned} holds no task.json; give the folder of a fine-tuning")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = export_head(folder, arguments.out)
     if not arguments.out.exists():
-        raise UserError(f"--tuned: {folder} cannot be exported ({result.removeprefix('none: ')}); use it with gloria")
+        raise UserError(f"--finetuned: {folder} cannot be exported ({result.removeprefix('none: ')}); use it here")
     print(result)
     return 0
 

@@ -78,7 +78,7 @@ def open_plain(path: Path, flags: int = os.O_RDONLY, *, follow_links: bool = Fal
     """
     follow = 0 if follow_links else os.O_NOFOLLOW
     try:
-        # NONBLOCK: opening a pipe that has no other end would wait for ever.
+        # NONBLOCK: opening a pipe that has no other end would wait without end.
         descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
@@ -248,9 +248,8 @@ def _finite(value: Any, place: str, notes: list[str]) -> Any:
 def partial_folder(out: Path) -> Iterator[Path]:
     """A work folder `OUT.partial-LAUNCH` for making `out`, gone when the block ends, however it ends.
 
-    Call `publish` in the block. The folder is locked as long as this process lives, so those that dead launches left
-    (killed, power lost) are told from that of a living one: the first are removed with a line, the second is a
-    `UserError`.
+    Call `publish` in the block. The folder is locked as long as this process lives, so folders of
+    dead launches (killed, power lost) are recognised and removed with a line; that of a living one is a `UserError`.
     """
     out = Path(os.path.abspath(out))
     try:

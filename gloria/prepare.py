@@ -51,12 +51,12 @@ class PrepareOptions:
     out: Path | None = option(None, "the corpus folder, instead of the recipe's out")
     workers: int = option(available_cores(), "processes; any number makes the same corpus", minimum=1)
     budget_tokens: int | None = option(None, "report how many epochs of each source so many tokens are", minimum=1)
-    verify: bool = option(False, "a corpus that is there: check all its hashes")
-    force: bool = option(False, "a corpus that is there: make it again")
+    verify: bool = option(False, "check all hashes of an existing corpus")
+    force: bool = option(False, "make an existing corpus again")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the corpus, or check the one that is there."""
+    """Make the corpus, or check the existing one."""
     flags = parse(
         PrepareOptions,
         argv,
@@ -99,7 +99,7 @@ def make(
     `about` is added to the recipe in the manifest.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
-        raise UserError(f"{out}: is there and is no corpus; give another --out, or remove it")
+        raise UserError(f"{out}: exists and is no corpus; give another --out, or remove it")
     files = find_files(recipe, where)
     with partial_folder(out) as work:
         if (out / MANIFEST).exists() and not replace:
@@ -120,7 +120,7 @@ def make(
 
 
 def check(recipe: Recipe, where: str, out: Path, *, verify: bool) -> Manifest:
-    """The manifest of the corpus that is at `out`; `UserError` unless it is whole and of this recipe.
+    """The manifest of the corpus at `out`; `UserError` unless it is whole and of this recipe.
 
     With `verify` all hashes are checked, without it whether a source's file has changed since.
     """

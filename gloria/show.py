@@ -4,7 +4,7 @@
 
 Prints one JSON object a line: row, sample, source, window, epoch, rank, and with --text the text of the window. Steps
 count from 0: step N is the one with which a run goes from N steps done to N + 1. A past step is shown as it was,
-whatever has changed since, and a future one as it will be if nothing changes. One process; needs no torch.
+and a future one as it will be if nothing changes. One process; needs no torch.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_run(folder: Path) -> tuple[Mixture, dict[str, Any]]:
-    """The newest mixture that a run's folder knows of, and the state it stands in, with the recipe it was made by.
+    """The newest mixture in a run's folder, and the state with the recipe that it is part of.
 
-    That is the newest checkpoint's, or what the last launch wrote at its start if it has made no step since.
+    It is the newest checkpoint's, or that of the last launch's start if no step was made since.
     """
     if not folder.is_dir():
         raise UserError(f"--run: {folder} is not a folder; name a run's folder (runs/NAME)")

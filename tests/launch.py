@@ -110,7 +110,7 @@ def run(arguments: Sequence[str], world: int, folder: Path, prepare: Callable[[]
 
 
 def wait_for_step(run_dir: Path, step: int, launch: Launch, timeout: float = PATIENCE, event: str = "") -> None:
-    """Wait until the run's metrics tell of `step`, or of an event (its checkpoint) at that step or later."""
+    """Wait until the run's metrics have `step`, or of an event (its checkpoint) at that step or later."""
     kind = "event" if event else "train"
     deadline = time.monotonic() + timeout
     while not any(line["step"] >= step and line.get("event", "") == event for line in metrics(run_dir, kind)):

@@ -1,4 +1,4 @@
-"""Bug prevented: a tool that calls a damaged checkpoint valid, deletes the wrong one, or tells a job script
+"""Bug prevented: a tool that calls a damaged checkpoint valid, deletes the wrong one, or gives a job script
 to give up on a run that only has to be started again."""
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_status_exits_as_a_job_script_needs_it(tmp_path: Path, capsys, state: st
     write_status(run_lock, state, 120, "SIGUSR1" if state == "stopped" else "")
     release_run(run_lock)
     status, lines = run(capsys, "--run", tmp_path, "--status")
-    shown = "dead (it said running, its launch is gone)" if state == "running" else state
+    shown = "dead (it was running, its launch is gone)" if state == "running" else state
     reason = ", SIGUSR1" if state == "stopped" else ""
     lines = [AGE.sub("AGE", line) for line in lines]
     assert (status, lines) == (exit_status, [f"{shown}, step 120{reason}; launch night, heartbeat AGE ago"])
@@ -146,7 +146,7 @@ def test_a_fine_tuning_with_seeds_is_done_when_all_are(tmp_path: Path, capsys):
     status, (line,) = run(capsys, "--run", tmp_path, "--status")
     assert (status, AGE.sub("AGE", line)) == (
         75,
-        "stopped, step 12, other seeds are to come; launch day, heartbeat AGE ago",
+        "stopped, step 12, other seeds are still to run; launch day, heartbeat AGE ago",
     )
     (tmp_path / "results.json").touch()
     status, (line,) = run(capsys, "--run", tmp_path, "--status")

@@ -111,8 +111,8 @@ def test_nodes_that_are_alike_have_nothing_wrong():
     ],
 )
 def test_a_node_that_differs_is_named(row, changes, found, remedy):
-    told = row(two_nodes(**changes))
-    assert (told.found, told.remedy) == (found, remedy)
+    reported = row(two_nodes(**changes))
+    assert (reported.found, reported.remedy) == (found, remedy)
 
 
 def test_more_ranks_than_gpus_and_no_gpu_at_all():

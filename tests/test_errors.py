@@ -1,4 +1,4 @@
-"""Prevents: a mistake told by every rank, or by none, and an exit status that a script can't tell from a crash."""
+"""Prevents: a mistake reported by every rank, or by none, and an exit status that a script takes for a crash."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_another_rank_waits_for_rank_0_and_speaks_only_if_it_is_left(monkeypatch
     assert run_command(mistaken) == 2
     assert capsys.readouterr().err.startswith("error: a: is wrong")
     assert slept == [10]
-    # The launcher has ended rank 0 and told this one to go while it was still importing.
+    # The launcher has ended rank 0 and ended this one while it was still importing.
     assert run_command(mistaken, asked_to_end=lambda: "SIGTERM") == 2
     assert capsys.readouterr().err == ""
 

@@ -28,7 +28,7 @@ def in_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+def reported(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     """What `plan` prints, by the first word of a line (the last line of a word wins)."""
     assert plan.main(list(arguments)) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -43,7 +43,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 
 def test_the_original_recipe_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(capsys, *RECIPE, "--data.corpus", "nowhere")
+    lines = reported(capsys, *RECIPE, "--data.corpus", "nowhere")
     assert lines["length"] == "length       187,500 steps x 512 windows x 512 = 49.2B tokens (49,152,000,000)"
     shape = PRESETS["gloria-1.3b"]
     hours = flops_per_token(shape, 512) * 49_152_000_000 / (0.4 * 312e12) / 3600
@@ -64,7 +64,7 @@ def test_the_original_recipe_in_numbers(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("name", ["gloria-1.3b", "gloria-2.7b"])
 def test_the_plans_beside_the_recipes_are_what_plan_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if Path("data/gloria").exists():
-        pytest.skip("data/gloria is there: a plan with a corpus tells more than the one beside the recipe")
+        pytest.skip("data/gloria is there: a plan with a corpus prints more than the one beside the recipe")
     blocks = re.findall(r"# \$ (.*)\n((?:#.*\n)+)", Path(f"launch/{name}.toml").read_text())
     assert len(blocks) == 2
     for command, lines in blocks:
@@ -78,7 +78,7 @@ def test_the_plans_beside_the_recipes_are_what_plan_says(name: str, capsys: pyte
 
 def test_half_the_mfu_is_twice_the_time_and_a_slow_network_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     def gpu_hours(*flags: str, gpus: str = "4xA100-40GB") -> float:
-        words = told(capsys, *RECIPE[:2], "--gpus", gpus, *flags)["time"].split()
+        words = reported(capsys, *RECIPE[:2], "--gpus", gpus, *flags)["time"].split()
         return float(words[words.index("GPU-hours") - 1].replace(",", ""))
 
     assert gpu_hours("--mfu", "0.2") == pytest.approx(2 * gpu_hours(), rel=0.01)
@@ -88,7 +88,7 @@ def test_half_the_mfu_is_twice_the_time_and_a_slow_network_is_waited_for(capsys:
 
 
 def test_a_table_from_1_to_1024_gpus_that_says_where_a_job_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = told(capsys, "--config", "launch/gloria-2.7b.toml", "--gpus", "4xA100-40GB", "--data.corpus", "nowhere")
+    rows = reported(capsys, "--config", "launch/gloria-2.7b.toml", "--gpus", "4xA100-40GB", "--data.corpus", "nowhere")
     assert rows["1"].split()[1:4] == ["does", "not", "fit:"]
     assert rows["4"].split()[:3] == ["4", "8", "16"]
     assert rows["512"].split()[:3] == ["512", "1", "1"]
@@ -125,7 +125,7 @@ def test_with_a_corpus_the_plan_knows_its_epochs(sample_corpus: Path, capsys: py
 def test_the_precision_is_the_best_the_card_has_or_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     def plan_of(card: str, precision: str) -> dict[str, str]:
         flags = ("--gpus", card, "--data.corpus", "nowhere", "--train.precision", precision)
-        return told(capsys, "--config", "launch/gpt2-124m.toml", *flags)
+        return reported(capsys, "--config", "launch/gpt2-124m.toml", *flags)
 
     auto = {card: plan_of(card, "auto") for card in ("V100-32GB", "T4", "A100-40GB")}
     assert [lines["precision"] for lines in auto.values()] == [
@@ -146,7 +146,7 @@ def test_this_machine_is_planned_for_without_a_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    lines = told(capsys, "--data.corpus", "nowhere")
+    lines = reported(capsys, "--data.corpus", "nowhere")
     assert lines["time"] == "time         unknown: no peak is known of processor (no GPU here; name one with --gpus)"
 
 

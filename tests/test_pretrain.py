@@ -225,8 +225,8 @@ def test_every_change_of_the_recipe_is_told(recipe, capsys):
     capsys.readouterr()
     changes = flags(recipe, train__steps=8, optim__lr=2e-3, train__clip_norm=0.5, train__micro_batch=6)
     assert main(changes) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
-    assert told == [
+    reported = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
+    assert reported == [
         "changed: train.steps: 6 before, 8 now",
         "changed: train.micro_batch: 3 before, 6 now",
         "changed: train.clip_norm: 1.0 before, 0.5 now",
@@ -241,8 +241,8 @@ def test_every_change_of_the_recipe_is_told(recipe, capsys):
 def test_windows_longer_than_all_that_is_held_out_are_told_and_train_without_validation(recipe, tmp_path, capsys):
     recipe |= {"train.steps": 2, "train.sequence_length": 1000, "model.max_positions": 1000, "valid.every": 1}
     assert main(flags(recipe)) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "has no validation" in line]
-    assert len(told) == 4
+    reported = [line for line in capsys.readouterr().err.splitlines() if "has no validation" in line]
+    assert len(reported) == 4
     assert metrics(tmp_path / "run", "valid") == []
 
 

@@ -72,8 +72,8 @@ def parse(
     Without `recipe` there are only flags, and words without a flag for the `positional` options. `rivals` are pairs of
     keys of which one as a flag clears the other of the file. `check` yields impossible combinations as (keys, what):
     reported at the first key, unless one of them is reported already. `later` is what the command does next with the
-    options: where something is wrong, it is tried as well and the problems of its `UserError` are added. In what both
-    see, a wrong value stands at its default, or at None where it has none. `--help` prints every option (and the keys
+    options: where something is wrong, it is tried as well and the problems of its `UserError` are added. Both
+    get the default, or None, in the place of a wrong value. `--help` prints every option (and the keys
     of a file that the command reads, `file_keys`) and exits.
     """
     flags = _read_flags(cls, list(argv or ()), recipe)

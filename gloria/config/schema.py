@@ -19,7 +19,7 @@ from gloria.errors import UserError
 C = TypeVar("C")
 
 NO_KEY = {"no_key": True}  # metadata of a field that no recipe sets
-_BAD = object()  # a value whose problem is reported: its field falls back to the default and checking goes on
+_BAD = object()  # a value whose problem is reported: its field falls back to the default and checking continues
 _EXAMPLES = {int: "1000", float: "0.1", bool: "true", str: '"text"', Path: '"folder"'}
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
 _LARGEST_INT = 2**63 - 1  # what numpy, torch and safetensors hold; an option may say otherwise

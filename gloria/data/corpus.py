@@ -1,7 +1,7 @@
 """A corpus folder: token shards by source, the tokenizer, and a manifest that lists every file with size and hash.
 
-`manifest.json` is written last. A folder without one, or whose files disagree with it, is refused by the name of the
-file. What an opened corpus has been checked for:
+`manifest.json` is written last. A folder without one, or whose files disagree with it, is refused with the
+name of the file. The checks of an opened corpus:
 
     manifest.json     every byte, by the hash in its "seal"
     tokenizer/        every byte of each file; symbolic links, pipes and the like are refused
@@ -12,7 +12,7 @@ file. What an opened corpus has been checked for:
 
 A token id outside the vocabulary is found when its window is read (gloria/data/stream.py). Manifests that were made
 before there was a seal, or hashes of blocks and of all of the tokenizer's files, are read without these checks, and
-`Corpus.warnings` says so.
+`Corpus.warnings` reports it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Everything is a pure function of (seed, stages, g) and is the same for any number of ranks, micro-batches and any
 read-ahead. A sample is a window of `sequence_length + 1` tokens, so weights are shares of training tokens. A run is a
 list of stages (gloria/data/stages.py): other weights or sources begin a stage at any sample, leave the past as it
-was, and each source goes on where it stopped. Rank d of D reads the rows d, d + D, ... of a step.
+was, and each source continues where it stopped. Rank d of D reads the rows d, d + D, ... of a step.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ class MixtureConfig:
 
 @dataclass
 class Mixture:
-    """The order of a run's samples, and how far it has got; `new_mixture` and `mixture_from_state` make one.
+    """The order of a run's samples, and its progress; `new_mixture` and `mixture_from_state` make one.
 
-    `next_sample` is the truth about progress: the next step takes [next_sample, next_sample + global batch). Only who
-    consumes samples moves it. The tuples `stages` and `batches` are replaced, never changed, so that a thread that
-    reads ahead keeps those it began with, and who compares them by identity sees a change of plan.
+    The next step takes [next_sample, next_sample + global batch); only the consumer of samples moves `next_sample`.
+    The tuples `stages` and `batches` are replaced, never changed: a thread that reads ahead keeps those it began with,
+    and a comparison by identity finds a change of plan.
     """
 
     seed: int
     tokenizer: str  # fingerprint
-    sources: dict[str, Source]  # of the corpus at hand; empty in a mixture that is only looked into
+    sources: dict[str, Source]  # of the corpus; empty in a mixture that is only inspected
     stages: tuple[Stage, ...]
     batches: tuple[BatchSize, ...]
     next_sample: int = 0
@@ -154,11 +154,11 @@ class Mixture:
         _set_stages(self, (*earlier, stage))
 
     def leave_out(self, samples: range) -> list[str]:
-        """From sample `samples.start` on go on as if from `samples.stop`; all other samples keep their order.
+        """Leave `samples` out: `samples.start` is then what `samples.stop` was, and the others keep their order.
 
-        Samples count as in this run, but for a gap that begins at `samples.start` already: it is made as long as
-        `samples`, so that a command gives the same run however often it is repeated. Returns a line for what changes,
-        or for a gap that was longer. Raises `UserError` where the run is further, or has a later gap or other weights.
+        Samples are numbered as in this run. A gap that begins at `samples.start` already is made as long as `samples`,
+        so that a repeated command gives the same run. Returns a line for what changes, or for a gap that was longer.
+        Raises `UserError` where the run is beyond it, or has a later gap or other weights.
         """
         start, last = samples.start, self.stages[-1]
         key = f"data.skip_samples: {start}:{samples.stop}"
@@ -230,7 +230,7 @@ class Mixture:
         run = mixture_from_state(state)
         run.sources = self.sources
         lines = _change_stage(run, self.stages[-1], redefined) + _change_batch(run, self.global_batch)
-        # What another version drew can be counted, by its own figures, but not drawn again.
+        # The samples of another version can be counted, by its own figures, but not drawn again.
         self.stages = run.stages if past.fingerprints.algorithm == ALGORITHM else run.stages[-1:]
         self.batches, self.next_sample, self.fingerprints = run.batches, run.next_sample, run.fingerprints
         return lines
@@ -266,8 +266,8 @@ def mixture_from_state(state: Mapping[str, Any], where: str = "mixture state", s
 def _followed(run: Mixture, start: int) -> tuple[tuple[Stage, ...], Stage | None, Collection[str]]:
     """The stages before one that begins at `start`, the one it follows, and the sources redefined at `start` so far.
 
-    A newest stage that begins at `start` too is replaced, and leaves no trace but that it redefined sources. The
-    first stage of all follows none, unless it stands for what another version of this program has drawn.
+    A newest stage that begins at `start` too is replaced; only the sources that it redefined are kept. The first
+    stage follows none, unless it stands for the samples of another version of this program.
     """
     newest = run.stages[-1]
     earlier = tuple(stage for stage in run.stages if stage.start < start)
@@ -293,7 +293,7 @@ def _change_stage(run: Mixture, target: Stage, redefined: Collection[str]) -> li
         return []
     if newest.start == start and newest.drawn:
         raise UserError(
-            f"data.weights: samples are left out at sample {start}, where the run goes on; change weights after its "
+            f"data.weights: samples are left out at sample {start}, where the run continues; change weights after its "
             "next step"
         )
     if before in earlier and not all_redefined and _same(new, before):

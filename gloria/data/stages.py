@@ -147,10 +147,10 @@ def is_renewed(last: Stage, source: int, sequence_length: int, windows: int, red
 def next_bases(
     seed: int, last: Stage, start: int, sequence_length: int, windows: Sequence[int], redefined: Collection[str]
 ) -> list[int]:
-    """Where each source goes on in the stage that follows `last` at `start` (its names come first in `windows`).
+    """The ordinal at which each source continues in the stage after `last` (its names come first in `windows`).
 
-    At its next ordinal; if its windows change there, at the beginning of its next epoch, or of this one
-    if nothing was read of it. A source that is new begins at 0.
+    It is the source's next ordinal. Where its windows change, it is the beginning of its next epoch, or of this one if
+    nothing was read of it. A new source begins at 0.
     """
     bases = [0] * len(windows)
     for source, ordinal in enumerate(ordinals_at(seed, last, start)):
@@ -161,7 +161,7 @@ def next_bases(
 
 
 def sample_of_ordinal(seed: int, stage: Stage, source: int, ordinal: int) -> int:
-    """The sample at which this stage would draw a source's `ordinal`-th window (not before its first sample)."""
+    """The sample at which this stage draws a source's `ordinal`-th window (not before its first sample)."""
     number, count = divmod(ordinal - stage.bases[source], stage.quotas[source])
     places = np.flatnonzero(plan_period(seed, stage, number).source == source)
     return stage.start - stage.drawn + number * stage.period + int(places[count])

@@ -157,7 +157,7 @@ def import_tokenizer(path: str, folder: str | os.PathLike[str]) -> TextTokenizer
     A `tokenizer.json` is copied byte for byte, so its fingerprint stays. Other tokenizers are converted by
     `AutoTokenizer` (never running code that comes with them). The folder is always saved for
     `PreTrainedTokenizerFast`, which takes `tokenizer.json` as it is. A tokenizer without a pad token gets
-    none, and this is said; pre-training pads nothing.
+    none, with a warning; pre-training pads nothing.
     """
     source = Path(path).expanduser()
     if (source / "tokenizer.json").is_file():
@@ -188,12 +188,11 @@ def cut_at_spaces(text: str) -> Iterator[str]:
 
 
 def why_whole(tokenizer: dict[str, Any]) -> str:
-    """Why the pieces of `cut_at_spaces` may not have the ids of the whole text, from the values of a
-    `tokenizer.json`; an empty string where they must have.
+    """Why the pieces of `cut_at_spaces` may have other ids than the whole text; "" where their ids are the same.
 
-    They must where nothing reaches across the cut: normalizers change characters by themselves, no added token holds
-    or takes in a space, and either a pre-tokenizer splits at the cut or the vocabulary, whose spaces are visible
-    characters, has no piece in which a space follows something else. Then no merge and no segmentation spans it.
+    `tokenizer` are the values of a `tokenizer.json`. The ids are the same where nothing reaches across the cut: each
+    normalizer changes single characters, no added token holds or takes in a space, and either a pre-tokenizer splits at
+    the cut or the vocabulary has no piece in which a space follows something else. Then no merge spans the cut.
     """
     for part in _parts(tokenizer["normalizer"], "normalizers"):
         is_local = part["type"] in _LOCAL or (part["type"] == "Strip" and not part["strip_left"])

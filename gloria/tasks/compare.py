@@ -16,7 +16,7 @@ from gloria.tasks.task import Task
 
 @dataclass(frozen=True)
 class PredictionSet:
-    """A file of predictions, and what results.json says of it; "" and None where no results.json lists the file."""
+    """A file of predictions, and its entry in results.json; "" and None where no results.json lists it."""
 
     path: Path
     split: str = ""
@@ -63,7 +63,7 @@ def _by_split_and_rule(
     """The sets of a folder or file that the user's split and rules leave."""
     found: dict[tuple[str, str], PredictionSet] = {}
     for one in find_predictions(task, path):
-        if not one.split:  # no results.json says what they are: the flags do
+        if not one.split:  # not in a results.json: the flags describe it
             folder = data or one.data
             if folder is None:
                 raise UserError(f"--data: {one.path} is in no {RESULTS}; give the folder of the files it was made from")

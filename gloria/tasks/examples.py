@@ -91,13 +91,14 @@ class PairPrediction:
 
 @dataclass(frozen=True)
 class SpanPrediction:
-    """The best span that is not empty, and by how much (any unit) no answer is better than it: above 0 means none."""
+    """The best span that is not empty, and the score of "no answer" less its own: above 0 means no answer."""
 
     text: str
     no_answer: float = float("-inf")
 
     @property
-    def said(self) -> str:
+    def answer(self) -> str:
+        """The span, or "" for no answer."""
         return "" if self.no_answer > 0 else self.text
 
     def missing(self, targets: Sequence[str]) -> bool:

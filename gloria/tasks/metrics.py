@@ -42,7 +42,7 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 class Score:
     """A metric over a whole set, a fraction and never per cent, with its 95 % interval.
 
-    `value` is None where the metric has none, and `reason` says why; with a value, `reason` says what to know of it.
+    `value` is None where the metric has none, and `reason` says why; with a value, `reason` is a remark about it.
     """
 
     value: float | None
@@ -56,8 +56,8 @@ class Score:
 class Answered:
     """The labelled examples of a set with the prediction of each (None: missing), in the same order.
 
-    `groups` numbers the examples' groups from 0, `rule` is the part of the metric's name after a colon, `note` goes
-    along with the value.
+    `groups` numbers the examples' groups from 0, `rule` is the part of the metric's name after a colon, `note` is kept
+    with the value.
     """
 
     task: Task
@@ -202,8 +202,8 @@ def mean_f1_pearson(a: Answered) -> Measure:
     weighted_f1 = f.weighted
     assert weighted_f1 is not None
     return Measure(
-        lambda label, said, x, y: (f.exact(label, said) + r.exact(x, y)) / 2,
-        lambda w, label, said, x, y: (weighted_f1(w, label, said) + correlation(w, x, y)) / 2,
+        lambda gold, found, x, y: (f.exact(gold, found) + r.exact(x, y)) / 2,
+        lambda w, gold, found, x, y: (weighted_f1(w, gold, found) + correlation(w, x, y)) / 2,
         (*f.columns, *r.columns),
         a.groups,
         reason=r.reason,
@@ -223,7 +223,7 @@ def _scores(a: Answered) -> tuple[Array, Array]:
 
 def _constant(gold: Array, found: Array) -> str:
     constant = next((what for what, v in (("gold scores", gold), ("predictions", found)) if np.ptp(v) == 0), "")
-    return f"the {constant} are constant, which has no correlation with anything" if constant else ""
+    return f"the {constant} are constant, so there is no correlation" if constant else ""
 
 
 # Multiple choice, as lm-eval has it.
@@ -279,9 +279,9 @@ def normalise(text: str, articles: re.Pattern[str] = ENGLISH) -> str:
     return " ".join(articles.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def span_scores(golds: Sequence[str], said: str, articles: re.Pattern[str], *, version2: bool) -> tuple[float, float]:
+def span_scores(golds: Sequence[str], answer: str, articles: re.Pattern[str], *, version2: bool) -> tuple[float, float]:
     """(exact match, F1), the best over the golds. In version 2, F1 against nothing is whether both are nothing."""
-    found = normalise(said, articles)
+    found = normalise(answer, articles)
     best_exact = best_f1 = 0.0
     for gold in (normalise(text, articles) for text in golds):
         best_exact = max(best_exact, float(gold == found))
@@ -324,6 +324,6 @@ def _span_table(a: Answered, articles: re.Pattern[str], raw: bool) -> Array:
     rows = []
     for span, p in zip(a.gold, a.predictions):
         texts = [text for text, _ in span.answers if normalise(text, articles) or not version2] or [""]
-        found = span_scores(texts, p.text if raw else p.said, articles, version2=version2) if p else (0.0, 0.0)
+        found = span_scores(texts, p.text if raw else p.answer, articles, version2=version2) if p else (0.0, 0.0)
         rows.append(found)
     return np.array(rows)

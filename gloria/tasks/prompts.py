@@ -95,7 +95,7 @@ def _original_pair(pair: Pair) -> str:
 
 
 def read_original(continuation: str) -> PairPrediction:
-    """What a continuation of `original_prompt` says: the first similarity and consequence, None for what it lacks.
+    """The first similarity and consequence in a continuation of `original_prompt`; None for a missing one.
 
     The original left a pair out of the score when it could not read the answer; here that is a wrong answer.
     """

@@ -1,4 +1,4 @@
-"""Where the small samples are that come with the package: every task can be tried out before its files are at hand."""
+"""The small samples that come with the package, for trying a task out without its files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ SAMPLES = Path(__file__).with_name("sample")
 
 
 def describe_sample(task: Task) -> str:
-    """The line that says what is taken where no data are named, and what it is good for."""
+    """The line that is printed where a sample is used."""
     split, kind = ("train", "training examples") if "train" in task.splits else (task.splits[0], "examples")
     count = len(task.load(sample_folder(task), split).examples)
     return (
         f"data       sample of {task.name} that comes with gloria ({count} {kind}, written for it): "
-        "for trying out, its scores say nothing"
+        "for trying out, its scores mean nothing"
     )
 
 
 def sample_folder(task: Task) -> Path:
     """The folder that comes with the package and from which `task.load` reads all of the task's splits.
 
-    Its examples were written for this project, in the format of the published files; scores on them say nothing.
+    Its examples were written for this project, in the format of the published files; scores on them mean nothing.
     The forms of a set share a folder, which has the name up to the hyphen: GLUE's tasks have files of the same names,
     so files alone do not show whose they are. Raises `UserError` where there is no sample of the task.
     """

@@ -112,10 +112,10 @@ def _fields(prediction: Prediction) -> dict[str, object]:
 
 def _xml(examples: Sequence[Example], predictions: Sequence[Prediction], prefix: str) -> bytes:
     root = ElementTree.Element("entailment-corpus")
-    for pair, said in zip(all_of(Pair, examples), all_of(PairPrediction, predictions)):
+    for pair, predicted in zip(all_of(Pair, examples), all_of(PairPrediction, predictions)):
         row = {"id": pair.id.removeprefix(prefix)}
-        row |= {"entailment": said.label} if said.label is not None else {}
-        row |= {"similarity": f"{said.score:.4f}"} if said.score is not None else {}
+        row |= {"entailment": predicted.label} if predicted.label is not None else {}
+        row |= {"similarity": f"{predicted.score:.4f}"} if predicted.score is not None else {}
         element = ElementTree.SubElement(root, "pair", row)
         for tag, text in (("t", pair.first), ("h", pair.second)):
             ElementTree.SubElement(element, tag).text = text
@@ -130,7 +130,7 @@ def _tsv(examples: Sequence[Example], predictions: Sequence[Prediction], prefix:
 
 
 def _json(examples: Sequence[Example], predictions: Sequence[Prediction], prefix: str) -> bytes:
-    texts = {e.id: prediction.said for e, prediction in zip(examples, all_of(SpanPrediction, predictions))}
+    texts = {e.id: prediction.answer for e, prediction in zip(examples, all_of(SpanPrediction, predictions))}
     return json.dumps(texts, ensure_ascii=False, indent=1).encode()
 
 

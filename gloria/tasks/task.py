@@ -1,4 +1,4 @@
-"""What a task is: its files, examples, metrics and prompts. The tasks there are stand in catalog.py."""
+"""A task: its files, examples, metrics and prompts. catalog.py lists the tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Task:
-    """What there is to know of a task. Splits are "train", "dev" and "test", or those of them that it has.
+    """All about a task. Splits are "train", "dev" and "test", or those of them that it has.
 
     `family` says how a model answers: "pair" by heads or by words for labels and scores, "span" by a head, "last_word"
     by continuing a text, "choice" by log-likelihoods of answers.
@@ -46,7 +46,7 @@ class Task:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a table: field -> the names it may have
     templates: Mapping[str, Template] = field(default_factory=dict)  # target -> its prompt
     ask: Callable[[Task, Any, str], Any] | None = None  # (task, example, target) -> a Prompt; None: it has no prompt
-    submission: str = ""  # the file of predictions, whose ending says its official format
+    submission: str = ""  # the file of predictions; its ending stands for the official format
     hold_out: bool = False  # the dev set is what is reported, so a tenth of train chooses the checkpoint
 
     @property
@@ -91,7 +91,7 @@ class Task:
         return loaded
 
     def labelled(self, example: Example) -> bool:
-        """Whether the file has what is right."""
+        """Whether the file has the right answer."""
         return example.labelled(self.targets)
 
     def training(self, folder: Path | str) -> tuple[list[Example], list[Example]]:

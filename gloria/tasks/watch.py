@@ -1,11 +1,11 @@
 """Score the checkpoints of a pre-training run as they appear: what `python -m gloria.evaluate --watch RUN` does.
 
     RUN/scores.jsonl       a line a record: the checkpoint (step, launch, saved_at), and what gloria.evaluate found
-    RUN/tensorboard/eval/  the scores as eval/TASK/METRIC. A folder of its own, for TensorBoard reads on in one file a
-                           folder only, and the training writes in the one above
+    RUN/tensorboard/eval/  the scores as eval/TASK/METRIC; TensorBoard follows one file a folder only, and the training
+                           writes in the folder above
 
-scores.jsonl is all that a watch remembers: started again it goes on where it was. The records that a checkpoint has of
-a task are appended in one write, each with its part (2/5), so that a watch that was killed leaves no half of them.
+A watch that is started again reads scores.jsonl and continues after it. The records of a checkpoint and a task are
+appended in one write, each with its part (2/5), so that an incomplete write can be found.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ Checkpoint = tuple[int, str, int]  # step, launch, saved_at: a step that is take
 
 @dataclass
 class Watcher:
-    """What rank 0 knows of the run, and what it has printed."""
+    """Rank 0's view of the run."""
 
     run: Path
     tasks: Mapping[str, Any]  # name -> the data and settings that its records have
     scored: dict[Checkpoint, set[str]] = field(default_factory=dict)  # tasks
     passed: set[Checkpoint] = field(default_factory=set)
-    now: int = 0  # scored by this watch
-    said: str = ""
+    newly_scored: int = 0  # by this watch
+    reported: str = ""  # the last state that was printed
     ended: str = ""  # the state at the last look, if it was an end
 
     def look(self) -> int:
         """What comes next: WAIT, DONE, FAILED, or FIRST + the step of the oldest checkpoint that lacks a score."""
-        status = self._status()  # before the checkpoints: the last one is there when a run says it is done
+        status = self._status()  # before the checkpoints: a run that is done has saved its last one
         for step in saved_steps(self.run):
             if self._missing(step):
                 return FIRST + step
         ended = status.status if status and status.status in ("done", "failed") and not status.alive else ""
-        # Believed at the second look: files may show late, and a job tries again after a failure.
+        # An end counts at the second look: files may appear late, and a job may start again after a failure.
         before, self.ended = self.ended, ended
         if ended and before == ended:
             return DONE if ended == "done" else FAILED
         if not ended:
-            self._say_state(status)
+            self._report_state(status)
         return WAIT
 
     def missing(self, step: int) -> int:
@@ -93,17 +93,17 @@ class Watcher:
             raise _is_finetuning(self.run)
         return read_status(self.run) if (self.run / STATUS).exists() else None
 
-    def _say_state(self, status: RunStatus | None) -> None:
+    def _report_state(self, status: RunStatus | None) -> None:
         if status is None:
-            state = "no run is there yet; waiting for it to begin"
+            state = "no run yet; waiting for it to begin"
         elif status.alive:
             state = "running; waiting for its next checkpoint"
         else:
             word = "dead" if status.status == "running" else status.status
-            state = f"{word} at step {status.step}; waiting for it to go on"
-        if state != self.said:
+            state = f"{word} at step {status.step}; waiting for it to continue"
+        if state != self.reported:
             print(f"{self.run}: {state}", flush=True)
-            self.said = state
+            self.reported = state
 
 
 def watch(
@@ -133,7 +133,7 @@ def watch(
             missing = [task for number, task in enumerate(tasks) if bits >> number & 1]
             _score_one(watcher, step, missing, process, load, score)
     if process.is_main:
-        print(f"{run}: the watch stops as requested; started again it goes on where it is", flush=True)
+        print(f"{run}: the watch stops as requested; the same command continues it", flush=True)
     return 0
 
 
@@ -165,7 +165,7 @@ def _score_one(
         raise
     except UserError as error:
         problem = error.problems[0] if path.exists() else f"{path}: its run has deleted it while it was read"
-    # A rank that cannot read it must not leave the others to score it.
+    # Where one rank cannot read it, no rank scores it.
     problems = [fact["problem"] for fact in gather({"problem": problem})]
     if any(problems):
         if process.is_main:
@@ -192,7 +192,7 @@ def _wait(seconds: float) -> None:
 
 def _end(watcher: Watcher, process: Process, *, failed: bool) -> int:
     if process.is_main:
-        counts = f"{len(watcher.scored)} checkpoints are scored, {watcher.now} by this watch"
+        counts = f"{len(watcher.scored)} checkpoints are scored, {watcher.newly_scored} by this watch"
         if failed:
             print(f"error: {watcher.run}: {read_status(watcher.run).reason}; {counts}", file=sys.stderr, flush=True)
         else:
@@ -201,7 +201,7 @@ def _end(watcher: Watcher, process: Process, *, failed: bool) -> int:
 
 
 def _write(watcher: Watcher, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> int:
-    """TensorBoard first: a point drawn twice after a crash does less harm than one never drawn."""
+    """TensorBoard first: a point drawn twice after a crash does less harm than a missing one."""
     step, launch, saved_at = checkpoint
     _draw(watcher.run, step, records)
     lines = b""
@@ -221,7 +221,7 @@ def _write(watcher: Watcher, checkpoint: Checkpoint, records: list[dict[str, Any
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); fix that, and start the watch again") from None
     watcher.scored.setdefault(checkpoint, set()).update(record["task"] for record in records)
-    watcher.now += 1
+    watcher.newly_scored += 1
     return 0
 
 
@@ -279,7 +279,7 @@ def _shown(about: Mapping[str, Any]) -> str:
 
 
 class _FinetuningError(UserError):
-    """What cannot be watched, and not a checkpoint to pass over."""
+    """A run that cannot be watched; other UserErrors are about one checkpoint, which is passed over."""
 
 
 def _is_finetuning(run: Path) -> UserError:

@@ -1,4 +1,4 @@
-"""A misspelt key that is ignored, one error told at a time, or a flag that quietly does not win over the file."""
+"""A misspelt key that is ignored, one error reported at a time, or a flag that quietly does not win over the file."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_all_problems_of_file_flags_and_combinations_come_at_once() -> None:
         if config.train.steps and config.train.epochs:
             yield ("train.epochs", "train.steps"), "steps and epochs are both given; give one"
         if config.seed == 0:
-            yield ("out", "seed"), "follows from a seed that is wrong anyway, so it is not told"
+            yield ("out", "seed"), "follows from a seed that is wrong anyway, so it is not reported"
 
     assert problems(lambda: read("--config bad.toml --dry --train.precision x", check=check)) == [
         "--dry: unknown flag; did you mean --dry-run?",

@@ -26,7 +26,7 @@ WEIGHTS = {"news": 0.6, "books": 0.3, "poems": 0.1}
 
 
 def streams_of(dtype: str = "<u2") -> dict[str, TokenStream]:
-    """Sources whose tokens tell source and place; each in three shards."""
+    """Sources whose tokens encode source and place; each in three shards."""
     streams = {}
     for number, (name, count) in enumerate(TOKENS.items()):
         tokens = np.arange(count, dtype=dtype) + np.array(10_000 * number, dtype)

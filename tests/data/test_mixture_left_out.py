@@ -135,7 +135,7 @@ def test_weights_do_not_change_where_samples_are_left_out() -> None:
     mixture.leave_out(range(480, 500))
     mixture.next_sample = 480
     other = mixture_of(WINDOWS, LATER)
-    with pytest.raises(UserError, match="samples are left out at sample 480, where the run goes on"):
+    with pytest.raises(UserError, match="samples are left out at sample 480, where the run continues"):
         other.load_state_dict(saved(mixture))
 
 

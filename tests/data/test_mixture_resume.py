@@ -104,7 +104,7 @@ def test_new_weights_sources_and_batch_begin_at_the_next_sample() -> None:
 
 def test_another_period_begins_a_stage_only_if_the_quotas_are_others() -> None:
     resumed = run_of(period=2000)
-    assert resumed.load_state_dict(state_at(240)) == []  # shares are as they were: nothing to tell
+    assert resumed.load_state_dict(state_at(240)) == []  # shares are as they were: nothing to report
     assert [stage.period for stage in resumed.stages] == [1000, 2000]
     assert_epochs_whole(listed(resumed, 0, 5000), WINDOWS)
 

@@ -67,8 +67,8 @@ BAD = ((1,), (0, 1, 2))
 
 def test_what_one_rank_cannot_do_ends_all_and_is_told_once():
     """A model that only one node lacks would leave the other ranks in a collective, and end them in a traceback."""
-    told = [["0: is wrong"], ["0: is wrong", "1: is wrong"]]
-    assert run_world(make_all, 3) == [[0, *told], [1, 2, 2], [2, 2, 2]]
+    reported = [["0: is wrong"], ["0: is wrong", "1: is wrong"]]
+    assert run_world(make_all, 3) == [[0, *reported], [1, 2, 2], [2, 2, 2]]
 
 
 def test_rank_0_tells_and_all_end(tmp_path):

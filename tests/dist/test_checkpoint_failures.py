@@ -35,7 +35,7 @@ from tests.world import run_world
 
 def loop_with_failure(rank: int, world: int, run_dir: Path) -> list[str]:
     """Saves at steps 2, 5 and 8 as the training loop makes them; rank 1 cannot write at step 5."""
-    told = []
+    reported = []
     save = None
     whole = {"model.a": torch.arange(600_000.0)}
     for step in range(12):
@@ -44,7 +44,7 @@ def loop_with_failure(rank: int, world: int, run_dir: Path) -> list[str]:
         flags = torch.tensor([float(done), float(failed)])
         dist.all_reduce(flags)
         if save is not None and flags[1]:
-            told.append(f"failed at {step}")
+            reported.append(f"failed at {step}")
             abandon(save)
             save = None
         elif save is not None and flags[0] == world:
@@ -60,8 +60,8 @@ def loop_with_failure(rank: int, world: int, run_dir: Path) -> list[str]:
             if harmed:
                 assert save.error.startswith("rank 1: "), save.error
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-                told.append(save.error.split(":")[1].strip())
-    return told
+                reported.append(save.error.split(":")[1].strip())
+    return reported
 
 
 def test_a_rank_that_cannot_write_is_known_to_all_at_the_same_step(tmp_path: Path):

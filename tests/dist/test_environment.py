@@ -237,7 +237,7 @@ def test_alone_needs_no_address(environ):
 
 @pytest.fixture
 def on_this_node(environ, monkeypatch):
-    """`on_this_node(launcher, ranks, cores, agent, **variables)`: threads of a rank, and the words it is told in.
+    """`on_this_node(launcher, ranks, cores, agent, **variables)`: threads of a rank, and the reason in words.
 
     `agent` is what torchrun itself, the ranks' parent, was started with.
     """
@@ -259,8 +259,8 @@ def on_this_node(environ, monkeypatch):
             patch.setattr(os, "getppid", lambda: agents[-1].pid)
             patch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
             patch.setattr(torch, "set_num_threads", chosen.append)
-            told = set_cpu_threads(Environment(0, ranks, 0, ranks, launcher))
-        return (chosen or [0])[0], told  # 0: torch has taken OMP_NUM_THREADS already
+            reported = set_cpu_threads(Environment(0, ranks, 0, ranks, launcher))
+        return (chosen or [0])[0], reported  # 0: torch has taken OMP_NUM_THREADS already
 
     yield threads
     for process in agents:
@@ -290,6 +290,6 @@ def test_where_torchruns_own_environment_is_hidden_a_1_is_taken_for_its(monkeypa
 
 
 def test_cores_that_srun_has_bound_to_a_rank_are_not_shared_again(on_this_node):
-    told = on_this_node("srun", 2, 4, {}, SLURM_CPUS_PER_TASK="4")
-    assert told == (4, "SLURM_CPUS_PER_TASK is 4")
+    reported = on_this_node("srun", 2, 4, {}, SLURM_CPUS_PER_TASK="4")
+    assert reported == (4, "SLURM_CPUS_PER_TASK is 4")
     assert on_this_node("torchrun", 2, 4, {}, SLURM_CPUS_PER_TASK="4") == (2, "4 cores, 2 ranks on this node")

@@ -1,5 +1,5 @@
 """Bug prevented: two launches writing into one run folder, a dead run's lock that nobody can pass, and a
-requeue script told the wrong thing."""
+requeue script that is misled."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def batch(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def sharded_gradients(
     rank: int, world: int, replicas: int, micro_batch: int, vocab_size: int
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Whole gradients by name, and the norm as the loop logs it, of the global batch cut as told."""
+    """Whole gradients by name, and the norm as the loop logs it, of the global batch cut as requested."""
     torch.set_num_threads(1)
     process = Process(rank, world, torch.device("cpu"))
     mesh = build_mesh(process, replicas)

@@ -126,8 +126,8 @@ def test_an_overflow_of_one_rank_is_every_ranks_and_show_tells_of_it(recipe, tmp
         "done",
     ]
     assert show.main(["--run", str(tmp_path / "run"), "--step", "5"]) == 0
-    told = "overflows: 1 so far, whose updates were left out for the loss scale\n"
-    assert capsys.readouterr().err == told
+    reported = "overflows: 1 so far, whose updates were left out for the loss scale\n"
+    assert capsys.readouterr().err == reported
 
 
 def test_a_gradient_that_no_scale_mends_is_a_bad_batch_in_the_end(recipe, tmp_path, monkeypatch, capsys):
@@ -144,8 +144,8 @@ def test_a_gradient_that_no_scale_mends_is_a_bad_batch_in_the_end(recipe, tmp_pa
     assert column(tmp_path / "run", "overflows") == [1, 1, 1, 0, 0, 0]
     assert column(tmp_path / "run", "skipped") == [0, 0, 0, 1, 1, 1]
     assert "error: " in capsys.readouterr().err
-    told = [line["why"] for line in metrics(tmp_path / "run", "event") if line["event"] == "skipped"]
-    assert told == ["not finite; fp16 ends at 65504"] * 3
+    reported = [line["why"] for line in metrics(tmp_path / "run", "event") if line["event"] == "skipped"]
+    assert reported == ["not finite; fp16 ends at 65504"] * 3
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(recipe, go, tmp_path, monkeypatch):  # noqa: F811
@@ -169,8 +169,8 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(recipe, go, tmp_path, monkeyp
 def test_from_a_checkpoint_of_another_precision_or_an_older_one(recipe, tmp_path, monkeypatch, capsys):
     def lines(steps: int, **changes: Any) -> list[str]:
         assert main(flags(recipe, train__steps=steps, **changes)) == 0
-        told = capsys.readouterr().out.splitlines()
-        return [line for line in told if line.startswith(("changed: train.precision", "changed: loss scale"))]
+        reported = capsys.readouterr().out.splitlines()
+        return [line for line in reported if line.startswith(("changed: train.precision", "changed: loss scale"))]
 
     assert lines(1, train__precision="fp32") == []
     assert lines(2) == [

@@ -1,5 +1,5 @@
 """Prevents: a run that is another one after a kill, a stop or on another number of ranks; steps that are trained but
-not logged, or logged twice; an end that is neither saved nor told."""
+not logged, or logged twice; an end that is neither saved nor reported."""
 
 from __future__ import annotations
 

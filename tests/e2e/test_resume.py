@@ -195,8 +195,8 @@ def test_prolonged_a_run_is_what_a_longer_one_would_have_been(recipe, go, capsys
     copied(go(recipe, 1, "shorter"), "prolonged")
     capsys.readouterr()
     prolonged = go(recipe, 1, "prolonged", train__steps=16, run__resume=8)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
-    assert told == [
+    reported = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
+    assert reported == [
         "changed: train.steps: 12 before, 16 now",
         "changed: schedule.total_steps: 12 before, 16 now",
         f"changed: schedule: the curve keeps its past; {rates}",
@@ -214,11 +214,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(recipe, go, t
     damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     capsys.readouterr()
     assert_went_on(go(recipe, 1, "again"), whole, at=4)
-    told = capsys.readouterr()
-    assert told.out.splitlines()[1] == (
+    reported = capsys.readouterr()
+    assert reported.out.splitlines()[1] == (
         f"{again}/checkpoints/step-00000012.tmp-dead: removed; a launch ended while it was being written or deleted"
     )
-    assert told.err.splitlines() == [
+    assert reported.err.splitlines() == [
         f"warning: {damaged}: its content is not what was written (hash differs); the checkpoint of step 8 is passed "
         "over"
     ]

@@ -42,8 +42,8 @@ def test_going_back_and_around_is_a_run_that_never_had_those_samples(recipe, tmp
     capsys.readouterr()
     around = recipe | {"run.resume": 4, "data.skip_samples": "65:90"}
     assert main(flags(around)) == 0
-    told = capsys.readouterr().out
-    assert "changed: data.skip_samples: 65:90: left out from step 5 on; sample 65 is the former sample 90" in told
+    reported = capsys.readouterr().out
+    assert "changed: data.skip_samples: 65:90: left out from step 5 on; sample 65 is the former sample 90" in reported
     assert main(flags(recipe, run__dir=without, data__skip_samples="65:90")) == 0
     expected = order[:65] + order[90:]
     assert shown(folder, STEPS + 3) == shown(without, STEPS + 3) == expected[: 12 * (STEPS + 3)]

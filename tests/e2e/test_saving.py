@@ -1,5 +1,5 @@
 """Prevents: a disk that refuses one rank ending the run, or nobody hearing of it; a run called done whose last steps
-are nowhere; a job script told the wrong thing; an export that mixes two checkpoints."""
+are nowhere; a job script that is misled; an export that mixes two checkpoints."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def test_a_save_still_under_way_at_the_next_interval_is_waited_for_and_told(reci
     monkeypatch.setattr(gloria.dist.checkpoint, "write_tensor_file", slow_write)
     monkeypatch.setattr(gloria.train.checkpointing, "finish", opening)
     assert main(flags(recipe)) == 0
-    told = events(tmp_path / "run", "checkpoint", "checkpoint_wait")
-    assert told[:2] == [(8, "checkpoint_wait"), (4, "checkpoint")]
-    assert [step for step, event in told if event == "checkpoint"] == [4, 8, 12]
+    reported = events(tmp_path / "run", "checkpoint", "checkpoint_wait")
+    assert reported[:2] == [(8, "checkpoint_wait"), (4, "checkpoint")]
+    assert [step for step, event in reported if event == "checkpoint"] == [4, 8, 12]
     (waited, *_) = [line for line in metrics(tmp_path / "run", "event") if line["event"] == "checkpoint_wait"]
     assert waited["for_step"] == 4
 
@@ -133,7 +133,7 @@ def test_a_job_script_is_told_how_a_run_stands_and_a_live_one_can_be_exported(re
     under_way = launch.start(flags(recipe, checkpoint__keep_every=4), 1, tmp_path)
     launch.wait_for_step(run_dir, 10, under_way)
     assert run_command(gloria.export.main, ["--run", str(run_dir), "--out", str(tmp_path / "model")]) == 0
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     assert status_of(run_dir, capsys)[0] == 75
     assert read_status(run_dir).alive
     under_way.signal(signal.SIGUSR1, rank=0)
@@ -142,7 +142,7 @@ def test_a_job_script_is_told_how_a_run_stands_and_a_live_one_can_be_exported(re
     assert status_of(run_dir, capsys) == (75, f"stopped, step {stopped_at}, SIGUSR1")
 
     exported = load_file(tmp_path / "model" / "model.safetensors")
-    source = dict(read_full_tensors(Path(told.split(" from ")[1].strip()), "model."))
+    source = dict(read_full_tensors(Path(reported.split(" from ")[1].strip()), "model."))
     for name, tensor in exported.items():
         if name != "lm_head.weight":  # the embedding again, where the format writes it at all
             assert torch.equal(tensor, source[name][: len(tensor)]), name
@@ -152,7 +152,7 @@ def test_a_job_script_is_told_how_a_run_stands_and_a_live_one_can_be_exported(re
     killed.kill()
     status, line = status_of(run_dir, capsys)
     assert status == 75
-    assert line.startswith("dead (it said running, its launch is gone), step ")
+    assert line.startswith("dead (it was running, its launch is gone), step ")
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])

@@ -46,7 +46,7 @@ def test_a_watch_scores_every_checkpoint_once_while_both_are_stopped_and_requeue
     assert {8, 16, 24, 30} < set(steps)  # and the one of the stop
     assert records == {(step, task): count for step in steps for task, count in (("calame", 2), ("perplexity", 4))}
     log = watch.log.read_text()
-    assert "the watch stops as requested; started again it goes on where it is" in log
+    assert "the watch stops as requested; the same command continues it" in log
     assert f"{training.run}: done; {len(steps)} checkpoints are scored, " in log
 
 

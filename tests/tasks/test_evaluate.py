@@ -271,6 +271,6 @@ def test_without_data_the_sample_is_scored_and_called_one(task, count, neo, tmp_
     number = sizes.get("train", sizes["test"])
     assert line == (
         f"data       sample of {task} that comes with gloria ({number} {count}, written for it): for trying out, its "
-        "scores say nothing"
+        "scores mean nothing"
     )
     assert records(out)[0]["n"] == sizes["test"]

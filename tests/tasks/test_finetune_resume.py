@@ -220,8 +220,8 @@ def test_a_stop_while_a_set_is_scored_is_heeded_and_made_up_for(examples, assin,
     assert not (run / "results.json").exists()
     assert finetune.main(command("assin2", neo, assin, run, **FLAGS)) == 0
     assert_same_end(run, whole)
-    told = [line["step"] for line in launch.metrics(run, "event") if line["event"] == "dev"]
-    assert told == [4, 8, 12, 14]
+    reported = [line["step"] for line in launch.metrics(run, "event") if line["event"] == "dev"]
+    assert reported == [4, 8, 12, 14]
 
 
 def test_another_seed_or_another_set_that_chooses_is_another_run(assin, neo, tmp_path, monkeypatch, capsys):

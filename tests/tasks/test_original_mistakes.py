@@ -59,10 +59,10 @@ def test_a_correlation_with_a_constant_is_none_and_not_0() -> None:
     examples = pairs([None] * 4, [1.0, 2.0, 3.0, 4.0])
     scores = score(TASKS["assin2-similarity"], examples, said([3.0] * 4))
     assert scores["pearson"].value is None
-    assert scores["pearson"].reason == "the predictions are constant, which has no correlation with anything"
+    assert scores["pearson"].reason == "the predictions are constant, so there is no correlation"
     assert scores["mse"].value == 1.5
     constant_gold = score(TASKS["stsb"], pairs([None] * 3, [2.0] * 3), said([1.0, 2.0, 3.0]))
-    assert constant_gold["spearman"].reason == "the gold scores are constant, which has no correlation with anything"
+    assert constant_gold["spearman"].reason == "the gold scores are constant, so there is no correlation"
 
 
 def test_every_task_has_a_score_for_every_metric_it_names() -> None:

@@ -236,7 +236,7 @@ def test_a_step_taken_again_on_another_way_is_another_checkpoint(run, data, trai
 def test_it_waits_for_a_run_to_begin_to_go_on_and_to_end(trained, data, tmp_path, capsys):
     run, out = tmp_path / "run", ""
 
-    def told(text: str) -> None:
+    def reported(text: str) -> None:
         def seen() -> bool:
             nonlocal out
             out += capsys.readouterr().out
@@ -245,17 +245,17 @@ def test_it_waits_for_a_run_to_begin_to_go_on_and_to_end(trained, data, tmp_path
         launch.wait_until(seen)
 
     def play() -> None:
-        told(f"{run}: no run is there yet; waiting for it to begin\n")
+        reported(f"{run}: no run yet; waiting for it to begin\n")
         (run / "checkpoints").mkdir(parents=True)
         shutil.copytree(trained / "tokenizer", run / "tokenizer")
         set_status(run, "stopped", 2, "SIGUSR1")
-        told(f"{run}: stopped at step 2; waiting for it to go on\n")
+        reported(f"{run}: stopped at step 2; waiting for it to continue\n")
         for step in (4, 8):
             work = tmp_path / f"work-{step}"
             shutil.copytree(checkpoint_path(trained, step), work)
             work.rename(checkpoint_path(run, step))
             set_status(run, "running", step)  # and its launch is gone
-            told(f"{run}: dead at step {step}; waiting for it to go on\n")
+            reported(f"{run}: dead at step {step}; waiting for it to continue\n")
         set_status(run, "done")
 
     actor = threading.Thread(target=play)
@@ -296,9 +296,7 @@ def test_a_stop_between_two_records_writes_nothing_of_the_checkpoint(run, data, 
     monkeypatch.setattr(watching, "stop_reason", stop_reason)
     assert look(run, data) == 0
     assert keys(run) == ALL[:6]
-    assert capsys.readouterr().out.endswith(
-        f"{run}: the watch stops as requested; started again it goes on where it is\n"
-    )
+    assert capsys.readouterr().out.endswith(f"{run}: the watch stops as requested; the same command continues it\n")
 
 
 def test_a_signal_ends_the_waiting_and_the_next_watch_goes_on(run, data, monkeypatch, capfd):
@@ -316,7 +314,7 @@ def test_a_signal_ends_the_waiting_and_the_next_watch_goes_on(run, data, monkeyp
             signal.signal(number, handler)
     printed = capfd.readouterr()
     assert printed.err == "SIGUSR1: the watch stops after this score\n"
-    assert printed.out.endswith(f"{run}: the watch stops as requested; started again it goes on where it is\n")
+    assert printed.out.endswith(f"{run}: the watch stops as requested; the same command continues it\n")
     assert len(scores(run)) == 6
     set_status(run, "done")
     monkeypatch.setattr(signals, "_received", [])

@@ -80,7 +80,7 @@ def make_folder(family: str, folder: Path, seed: int = 0, *, spare: int = 3, pad
 
 
 def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """BERT's adds [CLS] and [SEP] and tells two parts apart, LLaMA's its start; the others add nothing."""
+    """BERT's adds [CLS] and [SEP] and distinguishes two parts, LLaMA's its start; the others add nothing."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = token_decoders.ByteLevel()

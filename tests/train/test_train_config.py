@@ -1,4 +1,4 @@
-"""A recipe that is wrong in two places and tells one, or one that starts a week's run on the wrong number of steps."""
+"""A recipe with two mistakes of which one is reported, or one that starts a week's run on the wrong number of steps."""
 
 from __future__ import annotations
 

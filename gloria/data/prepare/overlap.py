@@ -34,7 +34,7 @@ def places_of(runs: np.ndarray, known: np.ndarray) -> np.ndarray:
 def near_duplicates(documents: Sequence[tuple[int, np.ndarray]], met: np.ndarray, sources: int) -> np.ndarray:
     """How many validation documents of each source are near-duplicates of training text, int64 (sources,).
 
-    `documents` are (source, their runs), `met` the runs of theirs that training text holds too, ascending.
+    `documents` are (source, runs); `met` are those of their runs that are also in training text, ascending.
     """
     near = [source for source, runs in documents if len(places_of(runs, met)) >= NEAR_SHARE * len(runs)]
     return np.bincount(np.array(near, np.int64), minlength=sources)

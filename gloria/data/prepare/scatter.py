@@ -244,7 +244,7 @@ def long_documents(work: Path) -> list[tuple[int, str]]:
 
 
 class _Spill:
-    """Documents on their way into one spill file, which `frames` (by bucket) says how to read."""
+    """Writes documents to one spill file; `frames` (by bucket) locates them in it."""
 
     def __init__(self, file: io.BufferedWriter, path: str, buckets: int) -> None:
         self.frames: dict[int, list[Frame]] = {}

@@ -1,8 +1,8 @@
 """Documents out of raw files of every format we read, and the cleaning each text gets before it is hashed.
 
-A file is JSON lines (one object a line), plain text, Parquet or of a kind in formats.py, most also compressed. What is
-wrong with one line is reported with its number and reading goes on; what is wrong with the whole file (cut short, not
-what its name says) is a `UserError` that names it.
+A file is JSON lines (one object a line), plain text, Parquet or of a kind in formats.py, most also compressed. A
+malformed line is reported with its number, and reading continues; a file that is malformed as a whole (cut short, of
+another format than its name) is a `UserError` that names it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _start_worker(lifeline: Connection) -> None:
 
 
 def _die_with_parent(lifeline: Connection) -> None:
-    lifeline.poll(None)  # nothing is ever sent: it returns when the other end closes
+    lifeline.poll(None)  # nothing is sent: it returns when the other end closes
     os._exit(1)
 
 

@@ -25,7 +25,7 @@ class Rule:
     drop: str = ""  # characters taken out of the word
     fold: bool = True  # case and accents do not matter
     join_lines: bool = False  # line ends are taken out before the word is looked for
-    stop: bool = True  # generation may stop once the word is over; it goes on to max_new_tokens otherwise
+    stop: bool = True  # generation may stop once the word is over; otherwise it makes max_new_tokens
     strip: bool = True  # white space at the end of the context is taken away before the model sees it
 
     def word(self, continuation: str) -> str:
@@ -42,13 +42,13 @@ class Rule:
         return "".join(c for c in unicodedata.normalize("NFKD", word.strip().lower()) if not unicodedata.combining(c))
 
     def is_over(self, continuation: str) -> bool:
-        """No further token can change the word. Half a character (a byte-level token can end in one) may go on."""
+        """No further token can change the word. Half a character at the end, as of a byte-level token, may continue."""
         text = continuation.rstrip("\ufffd")
         found = re.search(self.pattern, text)
         return self.stop and found is not None and found.end() < len(text)
 
 
-# All greedy. "gloria-script" is GlórIA's run_calame_eval.py: 5 tokens, whatever its flag says, a penalty on repetition,
+# All greedy. "gloria-script" is GlórIA's run_calame_eval.py: 5 tokens (it ignores its flag), a penalty on repetition,
 # which forbids words of the context, and contexts as published (7 % of CALAME's end in a space); "paper" is the same on
 # stripped contexts; "first-word" compares alike and generates until the word ends; "strict" is what Tucano's harness
 # does: accents and case count.

@@ -1,1 +1,1 @@
-"""Models that answer tasks: with a head of ours, or by what they find likely."""
+"""Models that answer tasks: with a head of ours, or by log-likelihood."""

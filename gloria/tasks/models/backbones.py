@@ -1,8 +1,8 @@
 """Models to fine-tune or score: our checkpoints, and Hugging Face models of any family.
 
 GPT-2 and GPT-Neo run through `gloria.model`, everything else through transformers, as fp32. Weights are read from
-safetensors files by this module alone; code in a folder never runs. What a model can do is read off its configuration
-and its outputs, never off its name.
+safetensors files by this module alone; code in a folder never runs. What a model can do is found from its configuration
+and its outputs, never from its name.
 """
 
 from __future__ import annotations

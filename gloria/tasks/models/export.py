@@ -133,7 +133,7 @@ def _build(finetuned: FinetunedModel, folder: Path) -> PreTrainedModel:
         raise CannotExport(f"transformers has no {kind.__name__.removeprefix('Auto')} of it ({reason})") from None
     prefix = f"{model.base_model_prefix}."
     if lost := sorted(name for name in info["missing_keys"] if name.startswith(prefix)):
-        raise CannotExport(f"{type(model).__name__} has a {lost[0]}, which our model has not")
+        raise CannotExport(f"{type(model).__name__} has a {lost[0]}, which our model lacks")
     return model.eval()
 
 

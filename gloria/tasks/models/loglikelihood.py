@@ -111,7 +111,7 @@ def log_likelihoods(loaded: LoadedModel, requests: Sequence[Request], batch_size
 
 
 def _by_context(requests: Sequence[Request]) -> list[list[int]]:
-    """The numbers of the requests, those together that go on from the same tokens, where these are most of them."""
+    """The numbers of the requests, grouped by the tokens they continue, where these are most of a request's."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, request in enumerate(requests):
         context = request.ids[: -request.scored]

@@ -231,7 +231,7 @@ def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path: Path, capsys: py
     for flags in ([], ["--force"]):
         assert run(tmp_path, source(), {"um/a.jsonl": GOOD, "out/thesis.tex": "anos"}, *flags) == 2
         assert capsys.readouterr().err == (
-            f"error: {tmp_path}/out: is there and is no corpus; give another --out, or remove it\n"
+            f"error: {tmp_path}/out: exists and is no corpus; give another --out, or remove it\n"
         )
     assert (tmp_path / "out" / "thesis.tex").read_text() == "anos"
 

@@ -1,4 +1,4 @@
-"""Prevents: a validation split that is too small to tell anything, so large that it eats the source, or one that
+"""Prevents: a validation split that is too small to mean anything, so large that it eats the source, or one that
 depends on how the documents were dealt to buckets.
 """
 

@@ -48,12 +48,14 @@ def tuned_folder(family: str, task: str, folder: Path, **shape: Any) -> tuple[Fi
 def test_the_class_of_transformers_gives_our_logits(family, spare, pad, task, tmp_path):
     finetuned, folder = tuned_folder(family, task, tmp_path, spare=spare, pad=pad)
     out = tmp_path / "out"
-    told = export.export_head(folder, out)
+    reported = export.export_head(folder, out)
     if (family, task) == ("llama", "assin2-similarity"):
-        assert told == ("none: its class has a head without a bias, and no bias in its last norm that could stand in")
+        assert reported == (
+            "none: its class has a head without a bias, and no bias in its last norm that could stand in"
+        )
         assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
         return
-    assert told.startswith(f"{out}: ")
+    assert reported.startswith(f"{out}: ")
     tokenizer = AutoTokenizer.from_pretrained(out)
     batch = tokenizer(*map(list, zip(*PAIRS)), padding=True, return_tensors="pt")
     if not finetuned.model.backbone.token_types:  # DeBERTa's tokenizer makes some, its model has none
@@ -90,8 +92,8 @@ def test_the_class_of_transformers_gives_our_logits(family, spare, pad, task, tm
 
 def test_two_heads_are_no_class_of_transformers(tmp_path):
     _, folder = tuned_folder("gpt_neo", "assin2", tmp_path)
-    told = export.export_head(folder, tmp_path / "out")
-    assert told == f"none: no class of transformers has two heads, {LABEL} and {SCORE}"
+    reported = export.export_head(folder, tmp_path / "out")
+    assert reported == f"none: no class of transformers has two heads, {LABEL} and {SCORE}"
     assert not (tmp_path / "out").exists()
 
 
@@ -101,8 +103,8 @@ def test_other_logits_leave_no_folder_and_the_older_one_as_it_was(tmp_path, monk
     (tmp_path / "out" / "older").touch()
     with monkeypatch.context() as patch:
         patch.setattr(export, "_fold", lambda *_: None)
-        told = export.export_head(folder, tmp_path / "out")
-    assert told.startswith("none: the logits of GPT2ForSequenceClassification differ from ours by 3")
+        reported = export.export_head(folder, tmp_path / "out")
+    assert reported.startswith("none: the logits of GPT2ForSequenceClassification differ from ours by 3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["older"]
     assert export.export_head(folder, tmp_path / "out").startswith(f"{tmp_path / 'out'}: GPT2ForSequence")
@@ -112,19 +114,22 @@ def test_other_logits_leave_no_folder_and_the_older_one_as_it_was(tmp_path, monk
 def test_a_fine_tuned_folder_is_exported_by_command(tmp_path, capsys):
     _, folder = tuned_folder("gpt_neo", "assin2-entailment", tmp_path)
     out = tmp_path / "out"
-    assert run_command(gloria.export.main, [f"--tuned={folder}", f"--out={out}"]) == 0
+    assert run_command(gloria.export.main, [f"--finetuned={folder}", f"--out={out}"]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: GPTNeoForSequenceClassification, its logits differ")
     for flags, line in (
-        ([f"--tuned={folder}", f"--out={out}"], f"--out: {out} is already there; give another folder or remove it"),
-        ([f"--out={tmp_path / 'b'}"], "--run: is missing; give a run's folder, or --tuned with a fine-tuned model's"),
+        ([f"--finetuned={folder}", f"--out={out}"], f"--out: {out} is already there; give another folder or remove it"),
         (
-            [f"--tuned={folder}", "--run=x", f"--out={tmp_path / 'b'}"],
-            "--tuned: stands for a model of its own beside --run; give one of them",
+            [f"--out={tmp_path / 'b'}"],
+            "--run: is missing; give a run's folder, or --finetuned with a fine-tuned model's",
         ),
-        ([f"--tuned={folder}", "--step=3", f"--out={tmp_path / 'b'}"], "--step: is for --run; leave it out"),
         (
-            [f"--tuned={tmp_path / 'base'}", f"--out={tmp_path / 'b'}"],
-            f"--tuned: {tmp_path / 'base'} holds no task.json; give the folder that a fine-tuning wrote",
+            [f"--finetuned={folder}", "--run=x", f"--out={tmp_path / 'b'}"],
+            "--finetuned: names a model, and so does --run; give one of them",
+        ),
+        ([f"--finetuned={folder}", "--step=3", f"--out={tmp_path / 'b'}"], "--step: is for --run; leave it out"),
+        (
+            [f"--finetuned={tmp_path / 'base'}", f"--out={tmp_path / 'b'}"],
+            f"--finetuned: {tmp_path / 'base'} holds no task.json; give the folder of a fine-tuning",
         ),
     ):
         assert run_command(gloria.export.main, flags) == 2
