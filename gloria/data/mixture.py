@@ -227,8 +227,7 @@ class Mixture:
             allow_change=allow_change,
             new_epoch=new_epoch,
         )
-        run = mixture_from_state(state)
-        run.sources = self.sources
+        run = _as_it_was(past, self.sources)
         lines = _change_stage(run, self.stages[-1], redefined) + _change_batch(run, self.global_batch)
         # The samples of another version can be counted, by its own figures, but not drawn again.
         self.stages = run.stages if past.fingerprints.algorithm == ALGORITHM else run.stages[-1:]
@@ -258,9 +257,14 @@ def new_mixture(
 
 def mixture_from_state(state: Mapping[str, Any], where: str = "mixture state", step: int | None = None) -> Mixture:
     """The mixture that a state (as of `step`) describes, without its corpus: for looking at any step of the run."""
-    read = read_state(state, where, step)
-    prints = read.fingerprints
-    return Mixture(read.seed, prints.tokenizer, {}, read.stages, read.batches, read.next_sample, dict(prints.sources))
+    return _as_it_was(read_state(state, where, step), {})
+
+
+def _as_it_was(past: MixtureState, sources: dict[str, Source]) -> Mixture:
+    prints = past.fingerprints
+    return Mixture(
+        past.seed, prints.tokenizer, sources, past.stages, past.batches, past.next_sample, dict(prints.sources)
+    )
 
 
 def _followed(run: Mixture, start: int) -> tuple[tuple[Stage, ...], Stage | None, Collection[str]]:
