@@ -88,7 +88,7 @@ def _backward(
     of_scores = weights * (of_weights - (grad * out).sum(-1).T[:, :, None])
     of_scores *= query.shape[-1] ** -0.5 if scale is None else scale
     return (
-        torch.einsum("hij,jhd->ihd", of_scores, key),
-        torch.einsum("hij,ihd->jhd", of_scores, query),
-        torch.einsum("hij,ihd->jhd", weights, grad),
+        torch.einsum("hij,jhd->ihd", of_scores, key).contiguous(),
+        torch.einsum("hij,ihd->jhd", of_scores, query).contiguous(),
+        torch.einsum("hij,ihd->jhd", weights, grad).contiguous(),
     )
