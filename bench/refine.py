@@ -90,10 +90,11 @@ def main() -> None:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench-refine"))
     parser.add_argument("--preset", default="fineweb2-por")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th real document")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
     choose = random.Random(20261124)
-    real = list(real_documents(flags.corpus))
+    real = list(real_documents(flags.corpus))[:: flags.every]
     lines = (flags.tasks / "calame-pt/calamept_all.jsonl").read_text().splitlines()
     hidden = [f"{row['sentence']} {row['last_word']}" for row in map(json.loads, lines)]
     planted = plant([text for _, text in real], [text for text in hidden if len(text.split()) > 9], choose)
