@@ -27,11 +27,11 @@ from gloria.data.prepare.scatter import PieceCounts, report_malformed
 from gloria.data.prepare.text import read_documents
 from gloria.data.prepare.workers import available_cores
 from gloria.data.refine.config import ExecutorConfig
-from gloria.data.refine.plan import MANIFEST, Shard, make_plan, plan_key
+from gloria.data.refine.plan import MANIFEST, Shard, make_plan, plan_key, variety_files
 from gloria.data.refine.presets import NOT_APPLIED
 from gloria.dist.signals import end_on_stop_signals
 from gloria.errors import UserError, run_command, warn
-from gloria.files import create_file, hash_file, os_errors, size_text
+from gloria.files import create_file, hash_file, os_errors, size_text, to_json, write_whole
 from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import LastWord, Pair, Span
 
@@ -89,7 +89,7 @@ def refine(recipe: Recipe, where: str, workers: int, *, again: bool = False) -> 
     shards = make_plan(recipe, files, where)
     warn_of_presets(recipe)
     from gloria.data.refine.engine import quiet, run_all
-    from gloria.data.refine.stages import WORK, make_stages, prepare_index, read_records
+    from gloria.data.refine.stages import WORK, make_stages, prepare_index, read_records, train_variety
 
     quiet()
     out = Path(recipe.refine.out)
@@ -98,13 +98,15 @@ def refine(recipe: Recipe, where: str, workers: int, *, again: bool = False) -> 
         lock = create_lock(out)
     try:
         key, searched = prepare_index(recipe, texts)
+        train_variety(recipe, variety_files(recipe, where))
         stages = make_stages(recipe, shards, key)
         (out / MANIFEST).unlink(missing_ok=True)
         remove_strangers(out, shards)
         count = run_all(stages, shards, recipe, workers, again=again)
         records = read_records(recipe, shards)
+        contamination = report(recipe, records, searched)
         require_well_formed(recipe, shards, records)
-        report(recipe, where, shards, records, searched)
+        finish(recipe, shards, records, contamination)
         print(f"{out}: {count} tasks were run, the others were complete" if count else f"{out}: was complete")
     finally:
         lock.close()
@@ -191,12 +193,10 @@ def require_well_formed(recipe: Recipe, shards: Sequence[Shard], records: Sequen
         raise UserError(*problems)
 
 
-def report(
-    recipe: Recipe, where: str, shards: Sequence[Shard], records: Sequence[Any], searched: dict[str, Counter[str]]
-) -> None:
-    """Write the report and, last, the manifest; print the table."""
+def report(recipe: Recipe, records: Sequence[Any], searched: dict[str, Counter[str]]) -> dict[str, Any]:
+    """Write the report and print its table; what it says of evaluation data, by task."""
     from gloria.data.refine.report import make_report, table, write_report
-    from gloria.data.refine.stages import WORK, write_manifest
+    from gloria.data.refine.stages import WORK
 
     assert recipe.refine is not None
     out = Path(recipe.refine.out)
@@ -211,6 +211,13 @@ def report(
     whole = make_report([source.name for source in recipe.source], records, contamination, pairs)
     write_report(out, whole)
     print("\n".join(table(whole)))
+    return contamination
+
+
+def finish(recipe: Recipe, shards: Sequence[Shard], records: Sequence[Any], contamination: dict[str, Any]) -> None:
+    """Write the manifest, with which the cleaned text is whole."""
+    assert recipe.refine is not None
+    out = Path(recipe.refine.out)
     sources = []
     for number, source in enumerate(recipe.source):
         paths = [f"{shard.name}.jsonl.zst" for shard in shards if shard.source == number]
@@ -222,7 +229,7 @@ def report(
         if paths:
             sources.append({"name": source.name, "documents": records[number].counts["kept"], "shards": entries})
     manifest = {"format": FORMAT, "key": plan_key(recipe, shards), "sources": sources, "contamination": contamination}
-    write_manifest(out / MANIFEST, manifest)
+    write_whole(out / MANIFEST, to_json(manifest))
     total = sum(entry["size"] for source in sources for entry in source["shards"])
     print(f"{out}: {size_text(total)} of compressed text; {out}/report.html shows what was dropped")
 

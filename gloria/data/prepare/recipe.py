@@ -21,6 +21,7 @@ from gloria.data.refine.config import (
     PiiConfig,
     RefineConfig,
     SourceCleaning,
+    VarietyConfig,
     cleaning_of,
 )
 from gloria.data.refine.presets import find_preset
@@ -72,6 +73,7 @@ class Recipe:
     )
     shard_tokens: int = option(2**28, "tokens in a shard file at most, but for a longer document", minimum=1)
     refine: RefineConfig | None = None
+    variety: VarietyConfig | None = None
     dedup: DedupConfig | None = None
     decontaminate: DecontaminateConfig | None = None
     pii: PiiConfig | None = None
@@ -159,6 +161,8 @@ def _cleaning_problems(recipe: Recipe, source: SourceConfig, place: str) -> list
     problems = []
     if problem := _preset_problem(source.preset):
         problems.append(f"{place}.preset: {problem}")
+    if source.variety and not recipe.variety:
+        problems.append(f"{place}.variety: needs a [variety] section, which names texts to learn from; add it")
     for key in ("top_n_grams", "dup_n_grams"):
         wrong = [n for n in getattr(source.limits, key) or () if not n.isdecimal() or n == "0"]
         problems += [

@@ -65,6 +65,7 @@ class SourceCleaning:
     rules: str | None = option(
         None, "what is cut out of texts of this kind", choices=("subtitles", "wiki", "news", "parliament")
     )
+    variety: str | None = option(None, "keep documents in this variety; needs [variety]", choices=("pt-PT", "pt-BR"))
     report_only: bool = option(False, "count what the rules would drop, and keep it; near-duplicates go")
 
 
@@ -75,6 +76,15 @@ class RefineConfig:
     out: str = option("data/refined", "folder of the cleaned text, relative to where the command runs")
     preset: str = option("fineweb2-por", 'quality rules of sources that name none; "none" for no rules')
     encoding: bool = option(True, "repair texts that were decoded wrongly (mojibake)")
+
+
+@dataclass(frozen=True)
+class VarietyConfig:
+    """[variety]: European or Brazilian Portuguese, by a classifier that is trained on these texts."""
+
+    european: list[str] = option(help="texts in pt-PT: files, folders, globs of any format that sources have")
+    brazilian: list[str] = option(help="texts in pt-BR, of the same kinds of text")
+    least: float = option(0.5, "probability of the variety that a source keeps", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class ExecutorConfig:
     sbatch: dict[str, str] = option({}, "Slurm: more options of sbatch, without dashes")
 
 
-SECTIONS = ("dedup", "decontaminate", "pii", "executor")
+SECTIONS = ("variety", "dedup", "decontaminate", "pii", "executor")
 CLEANING_KEYS = tuple(to_mapping(SourceCleaning()))
 
 

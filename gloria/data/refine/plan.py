@@ -17,7 +17,7 @@ import xxhash
 
 from gloria.config.cli import to_mapping
 from gloria.data.prepare.filters import filter_identity
-from gloria.data.prepare.inputs import text_bytes
+from gloria.data.prepare.inputs import find_files, text_bytes
 from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceConfig, SourceFile
 from gloria.data.prepare.scatter import Piece, cut_pieces, piece_bytes
 from gloria.data.refine.config import DedupConfig, ExecutorConfig
@@ -48,6 +48,7 @@ def make_plan(recipe: Recipe, files: Sequence[Sequence[SourceFile]], where: str)
     assert recipe.refine is not None
     most = (recipe.executor or ExecutorConfig()).tasks
     base = str(Path(where).parent)
+    varieties = [[_piece_record(Piece(0, file), base) for file in files] for files in variety_files(recipe, where)]
     shards = []
     for number, (source, found) in enumerate(zip(recipe.source, files)):
         if source.format == MEGATRON:
@@ -55,11 +56,29 @@ def make_plan(recipe: Recipe, files: Sequence[Sequence[SourceFile]], where: str)
         pieces = [piece for file in found for piece in cut_pieces(number, file)]
         total = sum(map(text_bytes, found))
         count = max(1, min(most, len(pieces), -(-total // SHARD_BYTES)))
-        record = _source_record(recipe, source)
+        record = [_source_record(recipe, source), varieties]
         for index, part in enumerate(_deal(pieces, count)):
             key = make_key([record, *(_piece_record(piece, base) for piece in part)])
             shards.append(Shard(number, f"{source.name}/{index:05d}", tuple(part), key, source, base))
     return shards
+
+
+def variety_files(recipe: Recipe, where: str) -> list[list[SourceFile]]:
+    """The files of European and of Brazilian text that the classifier learns from; none without [variety]."""
+    if recipe.variety is None:
+        return []
+    named = {"european": recipe.variety.european, "brazilian": recipe.variety.brazilian}
+    sources = [SourceConfig(name=f"variety.{name}", paths=paths) for name, paths in named.items()]
+    try:
+        return find_files(dataclasses.replace(recipe, source=sources), where)
+    except UserError as error:
+        names = {f"source[{number}].paths": f"variety.{name}" for number, name in enumerate(named)}
+        problems = []
+        for problem in error.problems:
+            for place, name in names.items():
+                problem = problem.replace(place, name)
+            problems.append(problem)
+        raise UserError(*problems) from None
 
 
 def limits_of(recipe: Recipe, source: SourceConfig) -> Any:

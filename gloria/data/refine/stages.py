@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gloria.config.cli import to_mapping
-from gloria.data.prepare.recipe import Recipe
+from gloria.data.prepare.recipe import Recipe, SourceFile
+from gloria.data.prepare.text import clean, read_documents
 from gloria.data.refine.config import DecontaminateConfig, DedupConfig, PiiConfig
 from gloria.data.refine.decontaminate import contamination_filter, make_index
 from gloria.data.refine.dedup import Buckets, Clusters, DropDuplicates, Signatures, group_names
@@ -25,10 +26,13 @@ from gloria.data.refine.plan import Shard, dedup_record, limits_of, make_key
 from gloria.data.refine.private import replace_private
 from gloria.data.refine.records import Record, read_record, total
 from gloria.data.refine.steps import build_steps
-from gloria.files import to_json, write_whole
+from gloria.data.refine.variety import BRAZIL, PORTUGAL, train
+from gloria.errors import UserError
+from gloria.files import hash_file, to_json
 
 WORK = "work"
 INDEX = "evaluation.npz"
+VARIETY = "variety.npz"
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ class FirstSteps:
 
     limits: tuple[Any, ...]  # of each source
     encoding: bool
+    variety: tuple[str, float] | None
     last: LastSteps | None
 
     def __call__(self, shard: Shard, record: Record) -> list[Step]:
-        steps = build_steps(shard.config, self.limits[shard.source], self.encoding, record)
+        steps = build_steps(shard.config, self.limits[shard.source], self.encoding, self.variety, record)
         return steps + (self.last(shard, record) if self.last else [])
 
 
@@ -83,7 +88,8 @@ def make_stages(recipe: Recipe, shards: Sequence[Shard], index_key: str) -> list
         recipe.pii and to_mapping(recipe.pii),
     ]
     limits = tuple(limits_of(recipe, source) for source in recipe.source)
-    first = FirstSteps(limits, recipe.refine.encoding, None if recipe.dedup else last)
+    variety = (f"{work}/{VARIETY}", recipe.variety.least) if recipe.variety else None
+    first = FirstSteps(limits, recipe.refine.encoding, variety, None if recipe.dedup else last)
     read = ReadRaw(shards, f"{work}/records/read")
     if not recipe.dedup:
         keys = [make_key([shard.key, last_key]) for shard in shards]
@@ -161,6 +167,30 @@ def prepare_index(recipe: Recipe, texts: Mapping[str, Sequence[str]]) -> tuple[s
     return make_key({task: list(examples) for task, examples in texts.items()}), counts
 
 
+def train_variety(recipe: Recipe, files: Sequence[Sequence[SourceFile]]) -> None:
+    """Train the classifier on the files of European and Brazilian text, unless that was done with these files."""
+    assert recipe.refine is not None
+    if not files:
+        return
+    path = Path(recipe.refine.out, WORK, VARIETY)
+    done = path.with_suffix(".json")
+    key = to_json({"key": make_key([[hash_file(file.path) for file in group] for group in files])})
+    if path.exists() and done.exists() and done.read_bytes() == key:
+        return
+    texts = [
+        [clean(document.text) for file in group for document in read_documents(file.path, file.format)]
+        for group in files
+    ]
+    for name, found in zip(("european", "brazilian"), texts):
+        if len(found) < 10:
+            raise UserError(f"variety.{name}: holds {len(found)} documents, too few to learn from; name more")
+    count, right = train(dict(zip((PORTUGAL, BRAZIL), texts)), path)
+    done.write_bytes(key)
+    print(
+        f"variety: trained on {count:,} pieces of text; of a fifth held out, {right:.1%} were told rightly", flush=True
+    )
+
+
 def read_records(recipe: Recipe, shards: Sequence[Shard]) -> list[Record]:
     """The record of each source, all its steps in the order in which they ran."""
     assert recipe.refine is not None
@@ -178,8 +208,3 @@ def read_records(recipe: Recipe, shards: Sequence[Shard]) -> list[Record]:
         whole.histograms["length"] = final.histograms["length"]
         records.append(whole)
     return records
-
-
-def write_manifest(path: Path, values: Mapping[str, Any]) -> None:
-    """The manifest of cleaned text, whole or not at all."""
-    write_whole(path, to_json(dict(values)))

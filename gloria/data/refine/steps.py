@@ -1,11 +1,12 @@
-"""The steps that a source's documents take before deduplication, in this order: host, encoding, language, kind,
-quality, the user's own filter. Quality comes before MinHash (FineWeb-2 has it behind): so no document that is dropped
-later stands for its cluster, and fewer are compared.
+"""The steps that a source's documents take before deduplication, in this order: host, encoding, language, variety,
+kind, quality, the user's own filter. Quality comes before MinHash (FineWeb-2 has it behind): so no document that is
+dropped later stands for its cluster, and fewer are compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,14 +22,17 @@ from gloria.data.refine.config import Limits
 from gloria.data.refine.kinds import KINDS
 from gloria.data.refine.pipeline import MOST_CHARACTERS, Step, library_step
 from gloria.data.refine.records import Record
+from gloria.data.refine.variety import variety_filter
 from gloria.data.refine.words import PORTUGUESE, load_words
 
 IDENTIFIED = 10_000  # characters of a document from which its language is identified
 OFF = float("inf")
 
 
-def build_steps(config: SourceConfig, limits: Limits, encoding: bool, record: Record) -> list[Step]:
-    """The steps of one source."""
+def build_steps(
+    config: SourceConfig, limits: Limits, encoding: bool, variety: tuple[str, float] | None, record: Record
+) -> list[Step]:
+    """The steps of one source; `variety` is where its model is, and the least probability to keep a document."""
     steps = [Step("size", _size)]
     if config.domain:
         steps.append(Step("host", host_filter(config.domain, config.url_field or "")))
@@ -36,6 +40,9 @@ def build_steps(config: SourceConfig, limits: Limits, encoding: bool, record: Re
         steps.append(Step("encoding", repair_encoding()))
     if limits.language:
         steps.append(Step("language", language_filter(limits.language, limits.min_language_score or 0.0, record)))
+    if variety:
+        path, least = variety
+        steps.append(Step("variety", variety_filter(Path(path), config.variety, least, record)))
     if config.rules:
         steps.append(Step(f"kind: {config.rules}", _cut(KINDS[config.rules].cut)))
     steps += quality_steps(limits)

@@ -117,7 +117,7 @@ def test_encodings_are_repaired_before_anything_is_judged_and_quotes_stay() -> N
         repair(found)
         assert found.text == (right if wrong == right else "A ação começou à tarde")
     record = Record()
-    names = [step.name for step in ours.build_steps(_config(rules="news"), PRESETS["fineweb2-por"], True, record)]
+    names = [step.name for step in ours.build_steps(_config(rules="news"), PRESETS["fineweb2-por"], True, None, record)]
     assert names == ["size", "encoding", "language", "kind: news", "repetition", "fineweb", "gopher"]
 
 
@@ -216,6 +216,36 @@ def test_rehydration_keeps_the_first_of_a_cluster(tmp_path: Path) -> None:
     assert [row["notes"].get("near_duplicates") for row in cleaned.rows("um")] == [6, 6, 6, None]
     library = MinhashDedupSignature(str(tmp_path / "sig"), minhash_config(DedupConfig()), "por")
     assert (library.num_hashes, library.config.n_grams) == (112, 5)
+
+
+def test_varieties_are_told_apart_by_spelling_and_grammar_not_by_names(tmp_path: Path) -> None:
+    choose = random.Random(3)
+    towns = ["Lisboa", "Recife", "Porto", "Santos"]
+    forms = {
+        "pt": [
+            "O autocarro está a chegar à paragem",
+            "De facto, ele disse-me que está a ler",
+            "Ligaste-lhe do telemóvel?",
+        ],
+        "br": [
+            "O ônibus está chegando ao ponto",
+            "De fato, ele me disse que está lendo",
+            "Você ligou para ele do celular?",
+        ],
+    }
+    for name, sentences in forms.items():
+        texts = [
+            " ".join(f"{choose.choice(sentences)} em {choose.choice(towns)}." for _ in range(9)) for _ in range(40)
+        ]
+        write_lines(tmp_path / f"{name}.jsonl", texts[10:])
+        write_lines(tmp_path / f"{name}-new.jsonl", texts[:10])
+    sections = '[refine]\npreset = "none"\n[variety]\neuropean = ["pt.jsonl"]\nbrazilian = ["br.jsonl"]\n'
+    recipe = write_recipe(tmp_path, {"pt-new": 'variety = "pt-PT"', "br-new": 'variety = "pt-PT"'}, sections)
+    cleaned = Cleaned(recipe, tmp_path / "out")
+    assert cleaned.status == 2  # nothing is left of one source, and the report says why
+    assert cleaned.dropped("br-new") == {"variety: is pt-BR": 10}
+    assert len(cleaned.texts("pt-new")) == 10
+    assert cleaned.report["sources"]["pt-new"]["histograms"]["variety"] == {"pt-PT": 10}
 
 
 def test_report_only_counts_and_keeps(tmp_path: Path) -> None:
