@@ -30,3 +30,12 @@ def test_two_nodes_make_the_files_of_one_process(cluster, tmp_path: Path, monkey
     capsys.readouterr()
     assert Cleaned(recipe, tmp_path / "slurm").status == 2
     assert f"error: {tmp_path}/um.jsonl.gz: is no whole .gz file" in capsys.readouterr().err
+
+
+def test_ray_makes_the_files_of_one_process(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("ray", reason="needs ray, which is in no extra")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    recipe = two_sources(tmp_path)
+    local = Cleaned(recipe, tmp_path / "local")
+    recipe.write_text(f'{recipe.read_text()}\n[executor]\nkind = "ray"\nworkers = 1\nmemory_gb = 1\n')
+    assert Cleaned(recipe, tmp_path / "ray").bytes() == local.bytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib.util
 import os
 import shlex
 import shutil
@@ -79,6 +81,11 @@ class LocalExecutor(Marked, LocalPipelineExecutor):
                 "a worker was killed, or ran out of memory; use fewer --workers, or give it more memory; the same "
                 "command goes on where it stopped"
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = self.logging_dir.path
+            raise UserError(f"{place}: the disk got full; free some, and the same command goes on") from None
 
 
 class SlurmExecutor(Marked, SlurmPipelineExecutor):
@@ -188,6 +195,8 @@ def run_all(
 
 
 def _executor(config: ExecutorConfig, stage: Stage, folder: str) -> LocalExecutor | SlurmExecutor | RayExecutor:
+    if config.kind == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError('executor.kind: "ray" needs the package ray; pip install ray')
     if config.kind == "local":
         return LocalExecutor(stage.pipeline, stage.keys, folder)
     kind = SlurmExecutor if config.kind == "slurm" else RayExecutor

@@ -79,7 +79,7 @@ class FirstSteps:
 def make_stages(recipe: Recipe, shards: Sequence[Shard], index_key: str) -> list[Stage]:
     """The stages that the recipe asks for, in the order in which they run."""
     assert recipe.refine is not None
-    out = recipe.refine.out
+    out = str(Path(recipe.refine.out).absolute())  # fsspec keeps what a relative path was at first
     work = f"{out}/{WORK}"
     last = LastSteps(recipe.decontaminate, recipe.pii, f"{work}/{INDEX}")
     last_key = [

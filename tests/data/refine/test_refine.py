@@ -3,8 +3,10 @@ lost documents, a corpus of text that is not the recipe's, and mistakes that end
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gloria import prepare
+from gloria import prepare, refine
 from gloria.data.corpus import open_corpus
 from gloria.errors import run_command
 from tests.data.refine.conftest import SAMPLE, Cleaned, sample_texts, write_lines, write_recipe
@@ -93,6 +95,35 @@ def test_prepare_reads_what_was_cleaned_for_its_recipe(tmp_path: Path, monkeypat
     capsys.readouterr()
     assert run_command(prepare.main, flags) == 2
     assert "data/refined: is of another recipe, or its sources have changed" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    """docs/refine.md: its recipe and its commands, on files as the recipe names them."""
+    page = (SAMPLE.parents[2] / "docs/refine.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.toml").write_text(page.partition("```toml\n")[2].partition("```")[0].replace("50_257", "512"))
+    (tmp_path / "raw/web").mkdir(parents=True)
+    (tmp_path / "raw/debates").mkdir()
+    rows = [{"text": text, "url": f"https://a{n % 3}.pt/"} for n, text in enumerate(sample_texts("enciclopedia"))]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"text": rows[0]["text"], "url": "http://a.com/x.pt"}])
+    (tmp_path / "raw/web/1.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    write_lines(tmp_path / "raw/debates/1.jsonl", sample_texts("parlamento"))
+    commands = re.findall(r"^    python -m gloria\.(\w+) (.+)$", page, re.M)
+    assert [name for name, _ in commands] == ["refine", "prepare"]
+    for name, arguments in commands:
+        module = {"refine": refine, "prepare": prepare}[name]
+        assert run_command(module.main, [*arguments.split(), "--workers", "1"]) == 0
+    steps = json.loads((tmp_path / "data/refined/report.json").read_text())["sources"]["web"]["steps"]
+    assert steps["host"]["dropped"]["not on .pt"]["documents"] == 1
+    assert {"[dedup]", "[[source]]", "[executor]", "[variety]"} <= set(help_sections(capsys))
+
+
+def help_sections(capsys) -> list[str]:
+    """The sections that `python -m gloria.refine --help` lists."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        refine.main(["--help"])
+    return [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
 
 
 def test_no_document_is_lost_at_a_bad_byte(tmp_path: Path, capsys) -> None:
