@@ -247,7 +247,8 @@ def step(model: str, length: int, corpus: str, micro_batch: int, checkpointing: 
     with opened(recipe, length, micro_batch, corpus) as run:
         seconds = timed_steps(run, 8 if CUDA else 2)
         tokens = micro_batch * PASSES * length
-        forecast = peak_of_step(run.config, run.objective.plan.shape, 1, element_bytes=2 if CUDA else 4).total
+        shape, width = run.objective.plan.shape, 2 if CUDA else 4
+        forecast = peak_of_step(run.config, shape, 1, element_bytes=width, on_gpu=CUDA).total
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         yield {
             "who": "gloria",
@@ -311,7 +312,7 @@ def decode() -> Iterator[Row]:
                 positions = torch.arange(len(prompt), device=DEVICE)[None]
                 for _ in range(32 if CUDA else 4):
                     hidden = model.hidden_states(ids, positions=positions, cache=cache)
-                    ids = F.linear(hidden[:, -1:], model.head_weight()).argmax(-1)
+                    ids = model.logits(hidden[:, -1:]).argmax(-1)
                     positions = positions[:, -1:] + 1
             if CUDA:
                 torch.cuda.synchronize()

@@ -26,7 +26,7 @@ RATIOS = (
         1.0,
     ),
     ("loss at 4096 x 50257, peak memory / plain", "loss_memory.py", r"memory ([\d.]+)", "<", 0.25),
-    ("loss at 4096 x 50257, time / plain", "loss_memory.py", r"time ([\d.]+)", "<", 1.5),
+    ("loss at 4096 x 50257, time / plain", "loss_memory.py", r"time ([\d.]+)", "<", 1.0),
     ("local attention by blocks, ms / band mask", "attention.py --repeats 2", None, "<", 0.5),
     ("loop outside forward, backward, optimizer, %", "loop.py --steps 20", r"optimizer: ([\d.]+) %", "<", 2.0),
 )

@@ -35,16 +35,16 @@ def recipe(sample_corpus: Path, repository: Path, tmp_path: Path) -> dict[str, A
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
     """Make the loss of one row `value` in the given steps (from 0)."""
-    honest = gloria.train.pretraining.row_loss_sums
+    honest = gloria.train.pretraining.window_losses
 
-    def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        losses = honest(run, tokens, labels)
-        factor = torch.ones_like(losses)
+    def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, rows = honest(run, tokens, labels)
         if run.step in steps and torch.is_grad_enabled():
-            factor[0] = value
-        return losses * factor
+            rows[0] = value
+            loss = loss * value
+        return loss, rows
 
-    monkeypatch.setattr(gloria.train.pretraining, "row_loss_sums", row_loss_sums)
+    monkeypatch.setattr(gloria.train.pretraining, "window_losses", window_losses)
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -146,12 +146,12 @@ def test_validation_means_the_same_before_and_after_a_change_of_weights(recipe, 
 
 def test_a_metric_of_ones_own_is_one_place(recipe, tmp_path, monkeypatch):
     """A sum that the objective returns by name is a mean over tokens in the log, however the batch is cut."""
-    honest = Pretraining.row_losses
+    honest = Pretraining.losses
 
-    def row_losses(self: Pretraining, run: Any, part: Windows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return honest(self, run, part)[0], {"even_tokens": (part.tokens[:, 1:] % 2 == 0).sum()}
+    def losses(self: Pretraining, run: Any, part: Windows) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        return *honest(self, run, part)[:2], {"even_tokens": (part.tokens[:, 1:] % 2 == 0).sum()}
 
-    monkeypatch.setattr(Pretraining, "row_losses", row_losses)
+    monkeypatch.setattr(Pretraining, "losses", losses)
     shares = []
     for micro_batch in (3, 12):
         folder = tmp_path / str(micro_batch)

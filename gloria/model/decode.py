@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -31,7 +30,7 @@ class OwnCache:
         """Put one token, (rows,), behind each row: fp32 logits of the next, (rows, vocab)."""
         hidden = self.look_ahead(tokens[:, None])
         self.lengths = self.lengths + 1
-        return F.linear(hidden[:, 0], self.model.head_weight()).float()
+        return self.model.logits(hidden[:, 0])
 
     def look_ahead(self, ids: Tensor, back: int = 0) -> Tensor:
         """Hidden states of `ids` (rows, n) as they would be behind each row: (rows, n, hidden).
@@ -130,7 +129,7 @@ def _read_prompts(
     )
     hidden = model.hidden_states(ids, cache=rows.cache)
     last = hidden[torch.arange(len(ids), device=device), rows.lengths - 1]  # (rows, hidden)
-    return rows, F.linear(last, model.head_weight()).float()
+    return rows, model.logits(last)
 
 
 def end_ids(model: nn.Module, eos_id: int | None) -> set[int]:

@@ -16,7 +16,16 @@ from gloria.model.config import TransformerConfig, parameter_shapes
 from gloria.model.families import LOCAL
 
 STATE_BYTES = 4  # weights, gradients and the optimizer's two averages are fp32 each
-CHUNK_TOKENS = 512  # loss.row_loss_sums computes the logits of so many tokens at a time
+
+
+def loss_chunk(tokens: int, *, on_gpu: bool) -> int:
+    """Of a pass of so many tokens, those whose logits exist at a time.
+
+    512 on CPU. On a GPU a quarter of the pass, from 512 to 4,096: each chunk reads and writes the head's gradient once,
+    which from 4,096 tokens on is little beside its products, and below that the loss stays under a quarter of the
+    memory of logits for the whole pass.
+    """
+    return min(max(-(-tokens // 512) * 128, 512), 4096) if on_gpu else 512
 
 
 @dataclass(frozen=True)
@@ -51,13 +60,14 @@ def memory_per_rank(
     element_bytes: int,
     activation_checkpointing: str,
     mask_documents: bool = False,
+    on_gpu: bool = False,
 ) -> Memory:
     """The peak of a training step on the first rank of `shards` (ranks / replicas), which has the largest shards.
 
     `accumulation` is the number of micro-batches in a step, `element_bytes` the size of what is computed with: 2 for
     bf16 and fp16, 4 for fp32.
     """
-    step = _Step(shape, sequence_length, micro_batch, element_bytes, activation_checkpointing, mask_documents)
+    step = _Step(shape, sequence_length, micro_batch, element_bytes, activation_checkpointing, mask_documents, on_gpu)
     sizes = _Sizes(shape, shards)
     kept = [step.kept(layer, activation_checkpointing) for layer in range(shape.num_layers)]
     # With several micro-batches the sum of gradients is kept whole until the last one, in fp32.
@@ -119,6 +129,7 @@ class _Step:
     element: int
     checkpointing: str
     mask_documents: bool
+    on_gpu: bool
 
     @property
     def tokens(self) -> int:
@@ -142,15 +153,18 @@ class _Step:
 
     @property
     def loss(self) -> int:
-        """In the loss's backward: the gradients of hidden states and head (fp32), a chunk's logits and their softmax.
+        """In the loss: the gradient of the hidden states and, of a chunk, one of two.
 
-        From 16 bits softmax works with a copy of the logits in fp32 (with fp16 on GPU it does not). From the second
-        chunk on the gradient of the one before is still there.
+        Its logits and their exponentials in fp32, beside what earlier chunks have summed of the head's gradient, or
+        its gradient and the head's. The head's is in fp32, and has its copy in 16 bits where these are computed with.
         """
-        copy = 4 if self.element < 4 else 0
-        before = self.element if self.tokens > CHUNK_TOKENS else 0
-        chunk = min(self.tokens, CHUNK_TOKENS) * self.shape.vocab_size * (self.element + copy + 4 + before)
-        return self.hidden + chunk + self.shape.vocab_size * self.shape.hidden_size * STATE_BYTES
+        element = 4 if self.on_gpu else self.element
+        chunk = min(self.tokens, loss_chunk(self.tokens, on_gpu=self.on_gpu))
+        head = self.shape.padded_vocab * self.shape.hidden_size
+        logits = chunk * self.shape.padded_vocab * (4 + 4) + (head * STATE_BYTES if chunk < self.tokens else 0)
+        products = chunk * self.shape.padded_vocab * self.element + head * STATE_BYTES
+        copy = head * self.element if self.element < 4 else 0
+        return self.tokens * self.shape.hidden_size * element + max(logits, products + copy)
 
     def kept(self, layer: int, checkpointing: str) -> int:
         """What a layer keeps from forward to backward."""
@@ -183,14 +197,15 @@ class _Step:
 def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, activation_checkpointing: str) -> int:
     """Floating-point operations of matrix products that forward and backward really do for one token.
 
-    More than `flops_per_token` counts: the loss computes its logits twice, attention its scores again in backward, a
-    local layer looks at two whole windows, and full checkpointing does a layer again but for its last product. Softmax,
+    More than `flops_per_token` counts: the loss multiplies with the padded vocabulary, attention computes its scores
+    again in backward, a local layer looks at two whole windows, and full checkpointing does a layer again but for its
+    last product. Softmax,
     norms and other pointwise work are left out, as in torch.utils.flop_counter, whose counts these are.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     again = activation_checkpointing == "full"
     matrices = 4 * hidden * hidden + 2 * hidden * inner
-    flops = 8 * shape.vocab_size * hidden
+    flops = 6 * shape.padded_vocab * hidden
     for kind in shape.attention_layers:
         reach = sequence_length
         if kind == LOCAL and sequence_length > shape.window_size:

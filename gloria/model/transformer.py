@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from gloria.model.attention import Masks, attend, attention_masks, cache_masks
 from gloria.model.config import TransformerConfig
 from gloria.model.kernels import kept_operations
-from gloria.model.loss import row_loss_sums
+from gloria.model.loss import TokenLosses, chunk_losses, language_model_loss
 
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
@@ -112,18 +112,24 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model; its head is the token embedding's first `vocab_size` rows.
+    """A causal language model; its head is the token embedding, whose rows from `vocab_size` on are padding.
 
     `forward` computes the loss itself: with FSDP2 the root's parameters, the tied embedding among them, are
     whole only there.
     """
 
     def __init__(
-        self, shape: TransformerConfig, *, activation_checkpointing: str = "none", kernel: str = "sdpa"
+        self,
+        shape: TransformerConfig,
+        *,
+        activation_checkpointing: str = "none",
+        kernel: str = "sdpa",
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         assert activation_checkpointing in ACTIVATION_CHECKPOINTING
-        self.shape, self.kernel = shape, kernel
+        self.shape, self.kernel, self.z_loss = shape, kernel, z_loss
+        self.token_losses: TokenLosses = chunk_losses  # or what compiles it
         kept = kept_operations(kernel)
         self.transformer = nn.ModuleDict(
             {
@@ -136,22 +142,27 @@ class Transformer(nn.Module):
             }
         )
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Logits, or with `labels` the summed loss of every row.
+    def forward(
+        self, ids: Tensor, labels: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or with `labels` the loss and the cross entropy of every row.
 
         `ids` (batch, seq) are token ids, seq at most `max_positions`. Without `labels`: logits (batch, seq,
-        vocab) in fp32. With `labels` (batch, seq), the token that should come next at each place or -100: the
-        sum of the token losses of each row, (batch,) fp32, in nats. `documents` as in `attention_masks`: a token
-        sees none of another one.
+        vocab) in fp32. With `labels` (batch, seq), the token that should come next at each place or -100: what
+        `language_model_loss` returns, a sum to call backward on and sums of the rows, (batch,). `documents` as in
+        `attention_masks`: a token sees none of another one.
         """
         hidden = self.hidden_states(ids, documents)
         if labels is None:
-            return F.linear(hidden, self.head_weight()).float()
-        return row_loss_sums(hidden, self.head_weight(), labels)
+            return self.logits(hidden)
+        weight, vocab_size = self.transformer.wte.weight, self.shape.vocab_size
+        return language_model_loss(
+            hidden, weight, labels, vocab_size, z_loss=self.z_loss, token_losses=self.token_losses
+        )
 
-    def head_weight(self) -> Tensor:
-        """The head's rows, (vocab, hidden): those of the token embedding that are no padding."""
-        return self.transformer.wte.weight[: self.shape.vocab_size]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., vocab) in fp32; multiplied with the padding, for that is faster, and cut."""
+        return F.linear(hidden, self.transformer.wte.weight)[..., : self.shape.vocab_size].float()
 
     def hidden_states(
         self,
@@ -191,7 +202,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows: int, capacity: int) -> Tensor:
         """Room for `capacity` tokens a row: (layers, 2, rows, heads, capacity, head_dim), keys and values."""
-        shape, like = self.shape, self.head_weight()
+        shape, like = self.shape, self.transformer.wte.weight
         # Zeros: what is masked is still multiplied by its weight of 0, and must be finite.
         return like.new_zeros(shape.num_layers, 2, rows, shape.num_heads, capacity, shape.head_dim)
 

@@ -92,6 +92,12 @@ class TrainConfig(StepSection, LengthSection):  # the fields of the last base co
         "bench/attention.py measures the others",
         choices=("auto", "varlen", "flex", "sdpa"),
     )
+    z_loss: float = option(
+        0.0,
+        "adds so many times log(Z)^2 a token to what is minimised, Z the softmax's denominator, against logits that "
+        "drift (PaLM: 1e-4); the log has it as z_loss, and its loss is the cross entropy alone",
+        minimum=0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -303,7 +309,9 @@ def with_location(config: PretrainConfig, error: UserError) -> UserError:
     return UserError(*lines)
 
 
-def peak_of_step(config: PretrainConfig, shape: TransformerConfig, world: int, *, element_bytes: int) -> Memory:
+def peak_of_step(
+    config: PretrainConfig, shape: TransformerConfig, world: int, *, element_bytes: int, on_gpu: bool
+) -> Memory:
     """A rank's memory at the worst moment of a step of this recipe on `world` ranks."""
     train = config.train
     return memory_per_rank(
@@ -315,6 +323,7 @@ def peak_of_step(config: PretrainConfig, shape: TransformerConfig, world: int, *
         element_bytes=element_bytes,
         activation_checkpointing=train.activation_checkpointing,
         mask_documents=config.data.mask_documents,
+        on_gpu=on_gpu,
     )
 
 

@@ -124,10 +124,11 @@ class Finetuning:
         groups = torch.zeros(len(own), dtype=torch.int64, device=process.device)
         return StepBatch(parts, groups, len(numbers), sum(len(self.rows[number].ids) for number in numbers))
 
-    def row_losses(self, run: Run, part: tuple[dict[str, Tensor], int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row that counts, (rows,); there are no other sums."""
+    def losses(self, run: Run, part: tuple[dict[str, Tensor], int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The summed loss, that of each row that counts, (rows,); there are no other sums."""
         tensors, count = part
-        return row_losses(run.model(tensors), tensors)[:count], {}
+        losses = row_losses(run.model(tensors), tensors)[:count]
+        return losses.sum(), losses, {}
 
     def evaluate(self, run: Run) -> str:
         """Choose the best model; why to stop, or ""."""

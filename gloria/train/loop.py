@@ -45,7 +45,7 @@ from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, Run, close_run, flags_o
 class StepBatch(NamedTuple):
     """This rank's part of a step's global batch."""
 
-    parts: Sequence[Any]  # micro-batches on the device, for the objective's `row_losses`; as many on all ranks
+    parts: Sequence[Any]  # micro-batches on the device, for the objective's `losses`; as many on all ranks
     groups: Tensor  # (rows,) int64, on the device: the loss of a row is reported under objective.groups[i]
     denominator: int  # of the loss: tokens (pre-training) or rows (fine-tuning) of the *global* batch
     tokens: int  # of the global batch
@@ -151,8 +151,8 @@ def forward_backward(run: Run, batch: StepBatch) -> tuple[Tensor, dict[str, Tens
     metrics: dict[str, Tensor] = {}
     for number, part in enumerate(batch.parts, start=1):
         run.model.set_requires_gradient_sync(number == len(batch.parts))
-        losses, sums = run.objective.row_losses(run, part)  # (rows of the part,), each with its graph
-        loss = losses.sum() / batch.denominator
+        loss, losses, sums = run.objective.losses(run, part)  # a sum with its graph, (rows of the part,)
+        loss = loss / batch.denominator
         (loss if run.loss_scale is None else loss * run.loss_scale[0]).backward()
         row_losses.append(losses.detach())
         for name, value in sums.items():

@@ -84,9 +84,10 @@ class Pretraining:
         global_tokens = self.mixture.global_batch * self.mixture.sequence_length
         return StepBatch(parts, there["groups"], global_tokens, global_tokens)
 
-    def row_losses(self, run: Run, part: Windows) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed token loss of each window, (rows,); there are no other sums."""
-        return row_loss_sums(run, part, labels=part.tokens[:, 1:]), {}
+    def losses(self, run: Run, part: Windows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The summed loss, the summed cross entropy of each window, (rows,), and what z-loss adds, where it is on."""
+        loss, rows = window_losses(run, part, labels=part.tokens[:, 1:])
+        return loss, rows, {"z_loss": loss.detach() - rows.sum()} if run.config.train.z_loss else {}
 
     @torch.no_grad()
     def evaluate(self, run: Run) -> str:
@@ -112,7 +113,7 @@ class Pretraining:
                 labels = part.tokens[:, 1:].clone()
                 labels[len(chosen) :] = -100
                 sums = torch.zeros(3, dtype=torch.float64, device=process.device)
-                sums[0] = row_loss_sums(run, part, labels).sum(dtype=torch.float64)
+                sums[0] = window_losses(run, part, labels)[1].sum(dtype=torch.float64)
                 flags = flags_of(run)
                 sums[1:] = torch.tensor([flags.stop, flags.lock_lost])
                 all_reduce_sums(sums)
@@ -192,8 +193,8 @@ def windows_on_device(
     return [Windows(part, there.get(f"documents {number}")) for number, part in enumerate(parts)], there
 
 
-def row_loss_sums(run: Run, part: Windows, labels: Tensor) -> Tensor:
-    """The model's summed token loss of each window, (rows,)."""
+def window_losses(run: Run, part: Windows, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's loss on windows, a sum, and the cross entropy of each, (rows,)."""
     return run.model(part.tokens[:, :-1], labels, part.documents)
 
 
@@ -230,6 +231,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             activation_checkpointing=config.train.activation_checkpointing,
             compile_blocks=compiled,
             kernel=kernel,
+            z_loss=config.train.z_loss,
         )
         card = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else ""
         objective = Pretraining(
@@ -268,7 +270,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         rank0_decides(process, lambda: _write_start(run))
         if process.is_main:
             print(f"{'attention':<11} {attention}", flush=True)
-            print(describe(config, plan, precision, why), flush=True)
+            print(describe(config, plan, precision, why, process.device.type == "cuda"), flush=True)
             for warning in plan.warnings:
                 warn(warning)
         begin_log(run, changes)
@@ -290,6 +292,7 @@ def shard_model(
     activation_checkpointing: str,
     compile_blocks: bool,
     kernel: str = "sdpa",
+    z_loss: float = 0.0,
 ) -> Transformer:
     """A Transformer whose parameters live in shards on `mesh`; their values are not set yet (`fill_parameters`).
 
@@ -298,8 +301,9 @@ def shard_model(
     tied embedding whole while the loss is computed inside the root's forward.
     """
     with torch.device("meta"):
-        model = Transformer(shape, activation_checkpointing=activation_checkpointing, kernel=kernel)
+        model = Transformer(shape, activation_checkpointing=activation_checkpointing, kernel=kernel, z_loss=z_loss)
     if compile_blocks:
+        model.token_losses = torch.compile(model.token_losses)
         for block in model.transformer.h:
             block.compile()
     shard(model, model.transformer.h, mesh, precision)

@@ -55,8 +55,11 @@ class Objective(Protocol):
     def next_batch(self, run: Run) -> Any:
         """The `StepBatch` of step `run.step`."""
 
-    def row_losses(self, run: Run, part: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row that counts, (rows,), and more sums to log by name, each a mean over the targets."""
+    def losses(self, run: Run, part: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The summed loss with its graph, the part of each row that counts, (rows,), and more sums to log by name.
+
+        The rows' are what is reported; the sums come out as means over the targets.
+        """
 
     def evaluate(self, run: Run) -> str:
         """Validate, or choose the best model, and set `run.evaluated_step`; why to stop, or ""."""

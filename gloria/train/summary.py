@@ -10,19 +10,22 @@ from gloria.train.config import PretrainConfig, RunPlan, located, peak_of_step
 from gloria.train.metrics import short_number
 
 
-def precision_here(config: PretrainConfig) -> tuple[str, str]:
-    """The precision of a run on this machine, and why, as far as nvidia-smi can tell; UserError as the run's."""
+def precision_here(config: PretrainConfig) -> tuple[str, str, bool]:
+    """The precision of a run on this machine, why, and whether it is on a GPU, as far as nvidia-smi can tell.
+
+    UserError as the run's.
+    """
     found = None if config.run.device == "cpu" else gpus_here()
     with located(config):
-        return precision_on(config.train.precision, found and found[1])
+        return *precision_on(config.train.precision, found and found[1]), found is not None
 
 
-def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str) -> str:
+def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on_gpu: bool) -> str:
     """The run in a few lines, for the user to read before it starts; `why` it has its precision."""
     train, shape, counts = config.train, plan.shape, plan.parameters
     parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
     step_tokens = train.global_batch * train.sequence_length
-    memory = peak_of_step(config, shape, plan.world, element_bytes=ELEMENT_BYTES[precision])
+    memory = peak_of_step(config, shape, plan.world, element_bytes=ELEMENT_BYTES[precision], on_gpu=on_gpu)
     seconds = plan.tokens * plan.flops_per_token / 1e12 / plan.world
     rows = {
         "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}",

@@ -128,9 +128,9 @@ def gradients_of_equal_micro_batches(rank: int, world: int, count: int) -> list[
     ids, labels = batch(500)
     for number in range(count):
         model.set_requires_gradient_sync(number == count - 1)
-        losses = model(ids, labels)
-        assert losses.dtype == torch.float32
-        (losses.sum() / labels.numel() * 1024).backward()
+        loss, losses = model(ids, labels)
+        assert loss.dtype == losses.dtype == torch.float32
+        (loss / labels.numel() * 1024).backward()
     return local_gradients(model)
 
 

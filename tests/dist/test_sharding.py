@@ -74,9 +74,9 @@ def sharded_gradients(
     for first in range(0, len(own), micro_batch):
         rows = own[first : first + micro_batch]
         model.set_requires_gradient_sync(first + micro_batch >= len(own))
-        losses = model(ids[rows], labels[rows])
-        (losses.sum() / (ROWS * LENGTH)).backward()
-        row_losses.append(losses.detach())
+        loss, losses = model(ids[rows], labels[rows])
+        (loss / (ROWS * LENGTH)).backward()
+        row_losses.append(losses)
     gradients = local_gradients(model)
     sources = torch.zeros(len(own), dtype=torch.int64)
     sums = pack_sums(gradient_square_sum(gradients, mesh), torch.cat(row_losses), sources, 1, Flags())
@@ -93,7 +93,7 @@ def reference_gradients(vocab_size: int) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, shape, SEED))
     ids, labels = batch(vocab_size)
-    (model(ids, labels).sum() / (ROWS * LENGTH)).backward()
+    (model(ids, labels)[0] / (ROWS * LENGTH)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -46,16 +46,16 @@ def in_start_up() -> None:
 
 def in_the_second_validation() -> None:
     """Between two batches of the validation after some steps."""
-    honest, calls = gloria.train.pretraining.row_loss_sums, []
+    honest, calls = gloria.train.pretraining.window_losses, []
 
-    def row_loss_sums(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         if run.step and not torch.is_grad_enabled():
             calls.append(run.step)
             if len(calls) == 2:
                 send(signal.SIGINT, RANK_0)
         return honest(run, tokens, labels)
 
-    gloria.train.pretraining.row_loss_sums = row_loss_sums
+    gloria.train.pretraining.window_losses = window_losses
 
 
 def while_a_background_save_is_written() -> None:

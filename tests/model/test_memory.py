@@ -3,15 +3,13 @@ in the queue. Each case runs real steps of gloria.pretrain in processes of its o
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import pytest
 
 from bench.plan import CASES, GPT2, NEO, measure
 from gloria.model.config import PRESETS
-from gloria.model.loss import row_loss_sums
-from gloria.model.memory import CHUNK_TOKENS, memory_per_rank
+from gloria.model.memory import loss_chunk, memory_per_rank
 
 SMALL = {"model.num_layers": 3, "model.hidden_size": 128, "train.sequence_length": 128, "model.vocab_size": 4096}
 MEASURED = {
@@ -48,8 +46,10 @@ def test_the_bench_measures_six_configurations() -> None:
     assert {ranks for ranks, _ in CASES.values()} == {1, 2}
 
 
-def test_the_chunk_of_the_loss_is_that_of_the_plan() -> None:
-    assert inspect.signature(row_loss_sums).parameters["chunk_tokens"].default == CHUNK_TOKENS
+def test_a_chunk_of_the_loss_is_a_quarter_of_a_pass_on_a_gpu() -> None:
+    passes = (1, 2049, 4096, 5000, 16384, 65536)
+    assert [loss_chunk(tokens, on_gpu=True) for tokens in passes] == [512, 640, 1024, 1280, 4096, 4096]
+    assert {loss_chunk(tokens, on_gpu=False) for tokens in passes} == {512}
 
 
 def test_memory_falls_with_ranks_and_grows_with_the_micro_batch() -> None:

@@ -67,7 +67,7 @@ def test_a_resumed_meter_has_the_losses_of_an_unbroken_one() -> None:
 
 
 def test_a_metric_of_ones_own_is_a_sum_with_a_name() -> None:
-    """What an objective's `row_losses` returns beside the losses comes out of the all-reduce as a mean in the log."""
+    """What an objective's `losses` returns beside the losses comes out of the all-reduce as a mean in the log."""
     meter, own = Meter(("task",)), {"accuracy": torch.tensor(3.0), "z_loss": torch.tensor(0.5)}
     for _ in range(2):
         sums = pack_sums(torch.tensor(4.0), torch.ones(4), torch.zeros(4, dtype=torch.int64), 1, Flags(), own.values())

@@ -258,9 +258,7 @@ def _sums(model: torch.nn.Module, states: Tensor, requests: Sequence[Request], e
     for at in range(0, len(rows), _CHUNK):
         row, target = rows[at : at + _CHUNK], targets[at : at + _CHUNK]
         logits = states[row, columns[at : at + _CHUNK]]
-        if isinstance(model, Transformer):
-            logits = F.linear(logits, model.head_weight())
-        logits = logits.float()
+        logits = model.logits(logits) if isinstance(model, Transformer) else logits.float()
         sums[:, 0].index_add_(0, row, -F.cross_entropy(logits, target, reduction="none").double())
         sums[:, 1].index_add_(0, row, (logits.argmax(dim=1) != target).double())
     sums[:, 1] = (sums[:, 1] == 0).double()
