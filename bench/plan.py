@@ -193,7 +193,7 @@ def _tensors(config, plan) -> dict[str, float]:
             config,
             plan.shape,
             plan.world,
-            element_bytes=2 if train.precision in ("bf16", "fp16") else 4,
+            precision=train.precision if train.precision in ("bf16", "fp16") else "fp32",
             on_gpu=False,
         ).total,
         "tensors": _peak_of_steps(profiled.profiler.kineto_results.events()),

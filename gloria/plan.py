@@ -200,7 +200,7 @@ def estimate(job: Job, machine: Machine, gpus: int, micro_batch: int) -> Estimat
     """A step of the job on `gpus` GPUs, which share the global batch evenly, in passes of `micro_batch`."""
     train = dataclasses.replace(job.config.train, micro_batch=micro_batch)
     config = dataclasses.replace(job.config, train=train)
-    memory = peak_of_step(config, job.shape, gpus, element_bytes=job.element_bytes, on_gpu=True)
+    memory = peak_of_step(config, job.shape, gpus, precision=job.precision, on_gpu=True)
     passes = train.global_batch // (micro_batch * gpus)
     peak = machine.card.peak(job.precision)
     flops = flops_per_token(job.shape, train.sequence_length) * job.step_tokens

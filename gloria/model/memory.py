@@ -61,13 +61,17 @@ def memory_per_rank(
     activation_checkpointing: str,
     mask_documents: bool = False,
     on_gpu: bool = False,
+    by_flash: bool = False,
 ) -> Memory:
     """The peak of a training step on the first rank of `shards` (ranks / replicas), which has the largest shards.
 
     `accumulation` is the number of micro-batches in a step, `element_bytes` the size of what is computed with: 2 for
-    bf16 and fp16, 4 for fp32.
+    bf16 and fp16, 4 for fp32. `by_flash`: local layers and masked documents have a kernel that needs no masks.
     """
-    step = _Step(shape, sequence_length, micro_batch, element_bytes, activation_checkpointing, mask_documents, on_gpu)
+    whole_mask, local = mask_documents and not by_flash, LOCAL if not by_flash else ""
+    step = _Step(
+        shape, sequence_length, micro_batch, element_bytes, activation_checkpointing, whole_mask, on_gpu, local
+    )
     sizes = _Sizes(shape, shards)
     kept = [step.kept(layer, activation_checkpointing) for layer in range(shape.num_layers)]
     # With several micro-batches the sum of gradients is kept whole until the last one, in fp32.
@@ -130,6 +134,7 @@ class _Step:
     checkpointing: str
     mask_documents: bool
     on_gpu: bool
+    cut: str  # the kind of layer that is cut into windows and has masks, LOCAL or none
 
     @property
     def tokens(self) -> int:
@@ -148,7 +153,7 @@ class _Step:
         """Those of attention_masks, made once for all layers."""
         window = self.shape.window_size
         whole = self.tokens * self.length * self.element if self.mask_documents else 0
-        blocks = -(-self.length // window) if 0 < window < self.length else 0
+        blocks = -(-self.length // window) if self.cut and 0 < window < self.length else 0
         return whole + self.batch * blocks * 2 * window**2 * self.element
 
     @property
@@ -176,7 +181,7 @@ class _Step:
             # input, queries, keys, values, attention, its projection, the MLP's two products
             return 7 * hidden + self.inner + log_sums
         attention = 4 * hidden  # queries, keys, values, output
-        if shape.attention_layers[layer] == LOCAL and self.length > shape.window_size:
+        if shape.attention_layers[layer] == self.cut and self.length > shape.window_size:
             # Padded to whole windows; keys and values twice over, each window's beside those of the one before.
             padded = -(-self.length // shape.window_size) * shape.window_size
             attention = 6 * hidden * padded // self.length + (hidden if padded > self.length else 0)
@@ -198,9 +203,9 @@ def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, act
     """Floating-point operations of matrix products that forward and backward really do for one token.
 
     More than `flops_per_token` counts: the loss multiplies with the padded vocabulary, attention computes its scores
-    again in backward, a local layer looks at two whole windows, and full checkpointing does a layer again but for its
-    last product. Softmax,
-    norms and other pointwise work are left out, as in torch.utils.flop_counter, whose counts these are.
+    again in backward, a local layer looks at two whole windows (a flash kernel does less), and full checkpointing does
+    a layer again but for its last product. Softmax, norms and other pointwise work are left out, as in
+    torch.utils.flop_counter, whose counts these are.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     again = activation_checkpointing == "full"

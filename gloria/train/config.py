@@ -24,6 +24,7 @@ from gloria.data.prepare.report import MOST_EPOCHS, weights_within
 from gloria.data.weights import Source, resolve_weights
 from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
+from gloria.dist.gpus import ELEMENT_BYTES
 from gloria.errors import UserError
 from gloria.model.config import ModelSection, TransformerConfig, count_parameters, flops_per_token, resolve_shape
 from gloria.model.memory import Memory, memory_per_rank
@@ -310,7 +311,7 @@ def with_location(config: PretrainConfig, error: UserError) -> UserError:
 
 
 def peak_of_step(
-    config: PretrainConfig, shape: TransformerConfig, world: int, *, element_bytes: int, on_gpu: bool
+    config: PretrainConfig, shape: TransformerConfig, world: int, *, precision: str, on_gpu: bool
 ) -> Memory:
     """A rank's memory at the worst moment of a step of this recipe on `world` ranks."""
     train = config.train
@@ -320,10 +321,12 @@ def peak_of_step(
         micro_batch=train.micro_batch,
         accumulation=train.global_batch // (train.micro_batch * world),
         shards=world // config.dist.replicas,
-        element_bytes=element_bytes,
+        element_bytes=ELEMENT_BYTES[precision],
         activation_checkpointing=train.activation_checkpointing,
         mask_documents=config.data.mask_documents,
         on_gpu=on_gpu,
+        # As model.kernels chooses, as far as is known before the run: GPUs that have bf16 have the kernels.
+        by_flash=on_gpu and precision == "bf16" and train.attention != "sdpa" and not shape.dropout,
     )
 
 

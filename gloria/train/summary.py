@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from gloria.dist.gpus import ELEMENT_BYTES, gpus_here, precision_on
+from gloria.dist.gpus import gpus_here, precision_on
 from gloria.optim import schedules
 from gloria.train.config import PretrainConfig, RunPlan, located, peak_of_step
 from gloria.train.metrics import short_number
@@ -25,7 +25,7 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on
     train, shape, counts = config.train, plan.shape, plan.parameters
     parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
     step_tokens = train.global_batch * train.sequence_length
-    memory = peak_of_step(config, shape, plan.world, element_bytes=ELEMENT_BYTES[precision], on_gpu=on_gpu)
+    memory = peak_of_step(config, shape, plan.world, precision=precision, on_gpu=on_gpu)
     seconds = plan.tokens * plan.flops_per_token / 1e12 / plan.world
     rows = {
         "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}",

@@ -65,6 +65,8 @@ def test_memory_falls_with_ranks_and_grows_with_the_micro_batch() -> None:
         return memory_per_rank(PRESETS["gpt-neo-125m"], **settings | changes).total
 
     assert peak(shards=8) < peak() < peak(shards=2)
+    masked = peak(mask_documents=True)
+    assert peak(by_flash=True) == peak(by_flash=True, mask_documents=True) < peak() < masked, "no masks, no windows"
     assert peak() < peak(micro_batch=8) < peak(micro_batch=8, element_bytes=4)
     assert peak() < peak(accumulation=2) == peak(accumulation=16), "gradients are summed in place"
     assert peak(activation_checkpointing="full") < peak(activation_checkpointing="selective") < peak()
