@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from gloria import prepare, refine
 from gloria.data.corpus import open_corpus
@@ -66,6 +67,8 @@ def test_a_killed_launch_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         wait_until(lambda: (out / "work/records/clean/00000.json").exists())  # the second source has begun
         os.kill(process.pid, signal.SIGKILL)
     assert not (out / "manifest.json").exists()
+    whole = f"import sys; from gloria import refine; refine.main({[*command[3:4], '--out', str(tmp_path / 'whole')]})"
+    subprocess.run([sys.executable, "-c", f"{whole}; assert 'torch' not in sys.modules"], check=True)
     assert Cleaned(recipe, out).bytes() == Cleaned(recipe, tmp_path / "whole").bytes()
 
 
@@ -140,6 +143,33 @@ def test_no_document_is_lost_at_a_bad_byte(tmp_path: Path, capsys) -> None:
 
 NEEDLESS = "has no effect without a [refine] section; add it or remove this"
 KINDS = 'unknown value "slrm"; did you mean "slurm"? One of "local", "slurm", "ray"'
+
+
+def test_damaged_inputs_end_in_a_line_and_what_was_made_is_kept(tmp_path: Path, capsys) -> None:
+    """Cut gzip and Zstandard, HTML in place of JSON; then the file is whole, and the other source is not read again."""
+    write_lines(tmp_path / "um.jsonl", sample_texts("cartas"))
+    whole = (tmp_path / "um.jsonl").read_bytes()
+    recipe = write_recipe(tmp_path, {"um": "", "dois": ""}, '[refine]\npreset = "none"\n')
+    text = recipe.read_text()
+    damaged = {
+        "d.jsonl.gz": (gzip.compress(whole)[:-30], f"{tmp_path}/d.jsonl.gz: is no whole .gz file ("),
+        "d.jsonl.zst": (zstandard.compress(whole)[:-30], f"{tmp_path}/d.jsonl.zst: is no whole .zst file ("),
+        "d.json": (b"<html>" + b"\n<p>x" * 40, 'source "dois": 41 of 41 documents are malformed, over max_malformed'),
+    }
+    for name, (data, what) in damaged.items():
+        (tmp_path / name).write_bytes(data)
+        recipe.write_text(text.replace("dois.jsonl", name))
+        capsys.readouterr()
+        assert Cleaned(recipe, tmp_path / "out").status == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {what}")
+        assert error.count("\n") == 1
+    kept = (tmp_path / "out/um/00000.jsonl.zst").stat().st_mtime_ns
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(whole))
+    recipe.write_text(text.replace("dois.jsonl", "d.jsonl.gz"))
+    cleaned = Cleaned(recipe, tmp_path / "out")
+    assert cleaned.texts("dois") == cleaned.texts("um") != []
+    assert (tmp_path / "out/um/00000.jsonl.zst").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize(
