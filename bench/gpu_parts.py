@@ -247,8 +247,7 @@ def step(model: str, length: int, corpus: str, micro_batch: int, checkpointing: 
     with opened(recipe, length, micro_batch, corpus) as run:
         seconds = timed_steps(run, 8 if CUDA else 2)
         tokens = micro_batch * PASSES * length
-        shape, width = run.objective.plan.shape, 2 if CUDA else 4
-        forecast = peak_of_step(run.config, shape, 1, element_bytes=width, on_gpu=CUDA).total
+        forecast = peak_of_step(run.config, run.objective.plan.shape, 1, precision=run.precision, on_gpu=CUDA).total
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         yield {
             "who": "gloria",
