@@ -3,6 +3,7 @@ the user never sees before the hours are spent."""
 
 from __future__ import annotations
 
+import math
 import runpy
 import shutil
 import sys
@@ -15,7 +16,7 @@ import torch
 import gloria.pretrain
 import gloria.train.checkpointing
 import gloria.train.pretraining
-from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
+from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.dist.run_lock import read_status
 from gloria.dist.signals import STOP_SIGNALS
 from gloria.errors import run_command
@@ -159,6 +160,22 @@ def test_a_metric_of_ones_own_is_one_place(recipe, tmp_path, monkeypatch):
         shares.append([line["even_tokens"] for line in metrics(folder, "train")])
     assert shares[0] == shares[1]
     assert all(0.1 < share < 0.9 for share in shares[0])
+
+
+def test_z_loss_is_logged_by_itself_and_the_loss_stays_the_cross_entropy(recipe, tmp_path, capsys):
+    for name, coefficient in (("run", 0.0), ("with", 0.01)):
+        folder = tmp_path / name
+        assert main(flags(recipe, train__steps=2, train__z_loss=coefficient, valid__every=2, run__dir=folder)) == 0
+    without, with_it = (metrics(tmp_path / name, "train") for name in ("run", "with"))
+    assert with_it[0]["loss"] == without[0]["loss"]
+    assert with_it[1]["loss"] != without[1]["loss"], "the update was another one"
+    # Logits are small at first: Z is nearly the size of the vocabulary.
+    size = read_trainer(find_checkpoint(tmp_path / "with"))["model"]["vocab_size"]
+    assert with_it[0]["z_loss"] == pytest.approx(0.01 * math.log(size) ** 2, rel=0.02)
+    assert not any("z_loss" in line for line in (*without, *metrics(tmp_path / "with", "valid")))
+    capsys.readouterr()
+    assert run_command(main, flags(recipe, train__z_loss=-1)) == 2
+    assert error_lines(capsys) == ["error: --train.z_loss: -1.0 is too small; give at least 0.0"]
 
 
 def test_a_run_records_its_versions_its_changes_and_when(recipe, tmp_path):

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from bench.roofline import TOKENS, count_loss, count_loss_before
+from gloria.model.config import PRESETS
 from gloria.model.loss import chunk_losses, language_model_loss
 from gloria.model.transformer import Transformer
 from tests.tiny_models import GPT_NEO
@@ -176,6 +178,16 @@ def test_three_products_a_chunk_and_no_leading_dimension_that_is_odd() -> None:
     assert strides == {1, 64, 50304}
     assert {product[-1].dtype for product in made.products} == {torch.bfloat16, torch.float32}
     assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_a_pass_of_the_largest_shape_launches_and_moves_a_tenth_of_what_it_did() -> None:
+    """As bench/roofline.py counts it: its forecast stands on this."""
+    shape = PRESETS["gloria-1.3b"]
+    before, after = count_loss_before(shape), count_loss(shape)
+    assert before.flops == 4 * 2 * TOKENS * 50257 * 2048
+    assert after.flops == 3 * 2 * TOKENS * 50304 * 2048
+    assert 9 * after.launches < before.launches
+    assert 10 * after.bytes < before.bytes
 
 
 def test_logits_are_multiplied_padded_and_cut() -> None:
