@@ -247,7 +247,8 @@ def step(model: str, length: int, corpus: str, micro_batch: int, checkpointing: 
     with opened(recipe, length, micro_batch, corpus) as run:
         seconds = timed_steps(run, 8 if CUDA else 2)
         tokens = micro_batch * PASSES * length
-        forecast = peak_of_step(run.config, run.objective.plan.shape, 1, precision=run.precision, on_gpu=CUDA).total
+        shape, kept = run.objective.plan.shape, run.keep_gathered
+        forecast = peak_of_step(run.config, shape, 1, precision=run.precision, on_gpu=CUDA, keep_gathered=kept).total
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         yield {
             "who": "gloria",

@@ -190,11 +190,10 @@ def _tensors(config, plan) -> dict[str, float]:
     per_token = executed_flops_per_token(plan.shape, train.sequence_length, train.activation_checkpointing)
     return {
         "memory": peak_of_step(
-            config,
-            plan.shape,
-            plan.world,
+            *(config, plan.shape, plan.world),
             precision=train.precision if train.precision in ("bf16", "fp16") else "fp32",
             on_gpu=False,
+            keep_gathered=run.keep_gathered,
         ).total,
         "tensors": _peak_of_steps(profiled.profiler.kineto_results.events()),
         "flops": per_token * train.global_batch * train.sequence_length // plan.world,

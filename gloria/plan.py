@@ -18,20 +18,28 @@ from pathlib import Path
 
 from gloria.config.cli import option
 from gloria.dist.environment import read_environment
-from gloria.dist.gpus import CARDS, ELEMENT_BYTES, GPU, gpus_here, precision_on, read_gpus
+from gloria.dist.gpus import CARDS, ELEMENT_BYTES, GPU, gpus_here, precision_on, read_gpus, usable_memory
 from gloria.errors import UserError, run_command, warn
 from gloria.files import size_text
 from gloria.model.config import PRESETS, TransformerConfig, count_parameters, flops_per_token, read_shape, resolve_shape
-from gloria.model.memory import STATE_BYTES, Memory, executed_flops_per_token, traffic_per_step
+from gloria.model.memory import STATE_BYTES, Memory, executed_flops_per_token
 from gloria.train.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
+from gloria.train.forecast import (
+    MFU,
+    NETWORK,
+    NODE,
+    Gathered,
+    Network,
+    advice,
+    compute_seconds,
+    keep_gathered,
+    step_traffic,
+)
 from gloria.train.metrics import short_number
 from gloria.train.summary import duration_text
 
 MODES = ("none", "selective", "full")
-# Of a GPU's memory: what the CUDA context and NCCL take, and the share that a fragmented allocator cannot use.
-OUTSIDE, FRAGMENTED = 1.5 * 2**30, 0.05
 COUNTS = tuple(2**power for power in range(11))
-NODE = 8  # GPUs that are linked without the network
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,17 @@ class Machine:
     @property
     def usable(self) -> float:
         """Bytes of a GPU that tensors can have."""
-        return (self.card.memory * 2**20 - OUTSIDE) * (1 - FRAGMENTED)
+        return usable_memory(self.card.memory * 2**20)
 
-    def speed(self, gpus: int) -> float:
-        """GB/s that one of `gpus` GPUs sends: by the card's link within a node, else by the network."""
-        return self.card.link if self.card.link and gpus <= NODE else self.network
+    @property
+    def links(self) -> Network:
+        """Between the GPUs."""
+        return Network(self.card.link, self.network)
+
+    @property
+    def limit(self) -> float | None:
+        """`usable` of a GPU; None of a processor, whose memory the ranks share."""
+        return None if self.card.name == "processor" else self.usable
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,7 @@ class Estimate:
 
     micro_batch: int
     passes: int
+    gathered: Gathered
     memory: Memory
     fits: bool
     compute: float | None  # seconds; None where the card's peak is not known
@@ -108,8 +123,8 @@ class PlanConfig(PretrainConfig):
     gpus: str | None = option(
         None, f"NUMBERxCARD, by default this machine's; cards: {' '.join(card.name for card in CARDS)}"
     )
-    mfu: float = option(0.4, "share of the dense peak that training reaches", above=0, maximum=1)
-    network: float = option(25.0, f"GB/s that a GPU sends to other nodes (of {NODE} GPUs)", above=0)
+    mfu: float = option(MFU, "share of the dense peak that training reaches", above=0, maximum=1)
+    network: float = option(NETWORK, f"GB/s that a GPU sends to other nodes (of {NODE} GPUs)", above=0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,9 +142,21 @@ def main(argv: list[str] | None = None) -> int:
     job = read_job(config, machine)
     for line in lines_of(job, machine):
         print(textwrap.fill(line, 116, subsequent_indent=" " * 13))
-    for line in job.warnings:
+    for line in (*job.warnings, *faster(job, machine)):
         warn(line)
     return 0
+
+
+def faster(job: Job, machine: Machine) -> Iterator[str]:
+    """Lines on what would make a step on these GPUs faster."""
+    here = estimate(job, machine, machine.gpus, job.micro_batch)
+    if machine.limit is not None:
+        yield from advice(
+            *(job.config, job.shape, machine.gpus, machine.card, machine.links, job.precision),
+            kept=here.gathered.keep,
+            usable=machine.limit,
+            mfu=machine.mfu,
+        )
 
 
 def this_machine() -> tuple[int, GPU]:
@@ -200,21 +227,19 @@ def estimate(job: Job, machine: Machine, gpus: int, micro_batch: int) -> Estimat
     """A step of the job on `gpus` GPUs, which share the global batch evenly, in passes of `micro_batch`."""
     train = dataclasses.replace(job.config.train, micro_batch=micro_batch)
     config = dataclasses.replace(job.config, train=train)
-    memory = peak_of_step(config, job.shape, gpus, precision=job.precision, on_gpu=True)
-    passes = train.global_batch // (micro_batch * gpus)
-    peak = machine.card.peak(job.precision)
-    flops = flops_per_token(job.shape, train.sequence_length) * job.step_tokens
-    sent = traffic_per_step(
-        job.shape, passes=passes, ranks=gpus, replicas=config.dist.replicas, element_bytes=job.element_bytes
-    )
+    shape, precision, replicas = job.shape, job.precision, config.dist.replicas
+    gathered = keep_gathered(config, shape, gpus, precision=precision, usable=machine.limit)
+    memory = peak_of_step(config, shape, gpus, precision=precision, on_gpu=True, keep_gathered=gathered.keep)
+    sent = step_traffic(config, shape, gpus, replicas=replicas, precision=precision, kept=gathered.keep)
     return Estimate(
         micro_batch,
-        passes,
+        train.global_batch // (micro_batch * gpus),
+        gathered,
         memory,
         fits=memory.total <= machine.usable,
-        compute=flops / (gpus * peak * machine.mfu) if peak else None,
-        sent=sent,
-        network=sent / (machine.speed(gpus) * 1e9),
+        compute=compute_seconds(config, shape, gpus, machine.card, job.precision, machine.mfu),
+        sent=sum(sent),
+        network=machine.links.seconds(sent, gpus, replicas),
     )
 
 
@@ -252,14 +277,17 @@ def lines_of(job: Job, machine: Machine) -> Iterator[str]:
     yield f"time         {time_text(job, machine, here)}"
     yield f"memory       {here.memory.describe()}"
     yield f"  {card.name} has {machine.usable / 2**30:.2f} GiB for tensors: {'fits' if here.fits else 'DOES NOT FIT'}"
+    yield f"weights      {here.gathered.describe()}"
     if job.config.optim.name != "adamw":
         yield f"  not counted: what a step of {job.config.optim.name} works with besides its two averages"
     yield from mode_lines(job, machine)
     yield from disk_lines(job, machine)
     behind = "" if here.compute is None else f", behind {here.compute:.3g} s of computing"
+    links, replicas = machine.links, job.config.dist.replicas
+    speeds = {links.speed(machine.gpus // replicas), links.speed(machine.gpus)}
     yield (
         f"network      a GPU sends {size_text(here.sent)} a step ({here.passes} passes): {here.network:.3g} s at "
-        f"{machine.speed(machine.gpus):g} GB/s{behind}"
+        f"{' and '.join(f'{speed:g}' for speed in sorted(speeds, reverse=True))} GB/s{behind}"
     )
     yield ""
     yield from table_lines(job, machine)

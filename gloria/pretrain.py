@@ -16,7 +16,7 @@ from gloria.dist.signals import install_stop_handlers, stop_reason
 from gloria.errors import run_command, warn
 from gloria.train.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
 from gloria.train.demo import prepare_demo_corpus
-from gloria.train.summary import describe, precision_here
+from gloria.train.summary import describe, gathered_here, precision_here
 
 
 def check(argv: list[str] | None) -> tuple[PretrainConfig, RunPlan]:
@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None, checked: tuple[PretrainConfig, RunPlan] 
     """Check the recipe unless it is `checked`, then train; `--dry-run` stops after the check."""
     config, plan = checked or check(argv)
     if config.dry_run:
-        print(to_toml(config), describe(config, plan, *precision_here(config)), sep="\n")
+        precision, why, on_gpu = precision_here(config)
+        about = describe(config, plan, precision, why, on_gpu, gathered_here(config, plan, precision))
+        print(to_toml(config), about, sep="\n")
         for warning in plan.warnings:
             warn(warning)
         return 0

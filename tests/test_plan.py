@@ -214,10 +214,12 @@ def test_traffic_is_that_of_ring_collectives() -> None:
     root = sum(sizes.values()) - blocks
     once = 2 * (2 * blocks + root)
     found = traffic_per_step(shape, passes=3, ranks=4, replicas=1, element_bytes=2)
-    assert found == (3 * once + 4 * (blocks + root)) * 3 // 4
-    assert traffic_per_step(shape, passes=3, ranks=1, replicas=1, element_bytes=2) == 0
+    assert found == ((3 * once + 4 * (blocks + root)) * 3 // 4, 0)
+    kept = traffic_per_step(shape, passes=3, ranks=4, replicas=1, element_bytes=2, keep_gathered=True)
+    assert kept == ((2 + 4) * (blocks + root) * 3 // 4, 0), "one gather a step, whatever the number of passes"
+    assert traffic_per_step(shape, passes=3, ranks=1, replicas=1, element_bytes=2) == (0, 0)
     hsdp = traffic_per_step(shape, passes=3, ranks=8, replicas=2, element_bytes=2)
-    assert hsdp == found + 4 * (blocks + root) // 4, "each replica then sends its shard of the sum once"
+    assert hsdp == (found.shards, 4 * (blocks + root) // 4), "each replica then sends its shard of the sum once"
 
 
 def test_executed_flops_are_more_than_mfu_counts() -> None:

@@ -17,6 +17,13 @@ class DistConfig:
         "nodes are slow: only gradients cross them",
         minimum=1,
     )
+    reshard: str = option(
+        "auto",
+        "whether the ranks give whole weights back behind each block: always takes the least memory; never gathers "
+        "them once a step and keeps them through all its passes; auto does that in pre-training on a GPU whose memory, "
+        "as planned, has room for it",
+        choices=("auto", "always", "never"),
+    )
     timeout_minutes: float = option(
         30.0,
         "minutes that start-up, the first step or a checkpoint may take before the run ends as hung; enough for the "

@@ -59,7 +59,15 @@ CARDS = (
 )
 
 
+# Of a GPU's memory: what the CUDA context and NCCL take, and the share that a fragmented allocator cannot use.
+OUTSIDE, FRAGMENTED = 1.5 * 2**30, 0.05
+
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by precision
+
+
+def usable_memory(total: float) -> float:
+    """Bytes that tensors can have of a GPU's `total`."""
+    return (total - OUTSIDE) * (1 - FRAGMENTED)
 
 
 def precision_option() -> str:

@@ -48,27 +48,50 @@ def precision_and_reason(precision: str, device: torch.device) -> tuple[str, str
     return resolve_precision(precision, name, has_bf16=not without)
 
 
-def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+def mixed_precision(precision: str, *, cast_inputs: bool) -> MixedPrecisionPolicy:
     """What FSDP2 is to compute with; weights and the sum of gradients over the ranks stay fp32."""
     if precision == "fp32":
         return MixedPrecisionPolicy()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=cast_inputs)
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: str) -> None:
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    precision: str,
+    *,
+    keep_gathered: bool = False,
+    cast_inputs: bool = True,
+) -> None:
     """Spread a model over `mesh` in place: each block, and the rest with the root; gradients are sums over the ranks.
 
+    With `keep_gathered` a block's whole weights stay from forward to backward, and with `begin_pass` until a step's
+    last one. `cast_inputs` is for models that may give a block fp32 inputs beside 16-bit weights.
+
     The two setters are not recursive: without them on every FSDPModule gradients are averaged, or wrong by a factor.
+    One process divides by 1 without them, and with a factor would do so in a pass over all gradients.
     """
-    policy = mixed_precision(precision)
+    policy = mixed_precision(precision, cast_inputs=cast_inputs)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+
+
+def begin_pass(model: Any, *, last: bool, keep_gathered: bool) -> None:
+    """Before a pass over a micro-batch: gradients travel between the ranks in the `last` one of a step alone.
+
+    With `keep_gathered` the whole weights stay until it: they change only after it, and are gathered once a step.
+    """
+    model.set_requires_gradient_sync(last)
+    if keep_gathered:
+        model.set_reshard_after_backward(last)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gloria.model.config import TransformerConfig, parameter_shapes
 from gloria.model.families import LOCAL
@@ -62,11 +63,13 @@ def memory_per_rank(
     mask_documents: bool = False,
     on_gpu: bool = False,
     by_flash: bool = False,
+    keep_gathered: bool = False,
 ) -> Memory:
     """The peak of a training step on the first rank of `shards` (ranks / replicas), which has the largest shards.
 
     `accumulation` is the number of micro-batches in a step, `element_bytes` the size of what is computed with: 2 for
     bf16 and fp16, 4 for fp32. `by_flash`: local layers and masked documents have a kernel that needs no masks.
+    `keep_gathered`: whole weights stay from a step's first pass to its last.
     """
     whole_mask, local = mask_documents and not by_flash, LOCAL if not by_flash else ""
     step = _Step(
@@ -86,13 +89,23 @@ def memory_per_rank(
         weights = STATE_BYTES * sizes.shard
         return Memory(weights, 2 * weights, gradients, activations, loss, buffers)
 
+    def weights_at_work(done: int) -> int:
+        """Whole weights, in the backward pass behind so many blocks; where they are kept, before the last pass."""
+        if not keep_gathered:
+            return root + block + 2 * gathered
+        left = shape.num_layers - (done if accumulation == 1 else 0)
+        return root + left * block + gathered
+
+    every_block = shape.num_layers * block if keep_gathered else 0
     moments = [
-        at(summed * sizes.whole, step.masks + sum(kept) + 2 * step.hidden, step.loss, root + gathered),
+        at(summed * sizes.whole, step.masks + sum(kept) + 2 * step.hidden, step.loss, root + gathered + every_block),
     ]
     for layer in reversed(range(shape.num_layers)):
         done = shape.num_layers - 1 - layer
         gradients = STATE_BYTES * done * sizes.block_shard + summed * (sizes.whole - done * sizes.block)
-        buffers = root + block + 2 * gathered + (reduced_block if done else 0)
+        if keep_gathered and accumulation > 1:  # in a pass before the last one
+            gradients = summed * sizes.whole
+        buffers = weights_at_work(done) + (reduced_block if done else 0)
         before = step.masks + sum(kept[:layer])
         # In the middle of the MLP, and when the block's gradients are whole and its activations gone.
         middle = buffers + shape.hidden_size * shape.intermediate_size * element_bytes
@@ -221,15 +234,26 @@ def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, act
     return flops
 
 
-def traffic_per_step(shape: TransformerConfig, *, passes: int, ranks: int, replicas: int, element_bytes: int) -> int:
-    """Bytes that one rank sends in a step, by ring collectives.
+class Traffic(NamedTuple):
+    """Bytes that one rank sends in a step."""
 
-    Each pass gathers every block for forward and again for backward, and the embeddings once; the step's last
-    pass scatters the fp32 gradients, which with HSDP are then added up over the replicas.
+    shards: int  # to the ranks that share a copy of the model with it
+    replicas: int  # to those that hold the same shard of the other copies
+
+
+def traffic_per_step(
+    shape: TransformerConfig, *, passes: int, ranks: int, replicas: int, element_bytes: int, keep_gathered: bool = False
+) -> Traffic:
+    """What one rank sends in a step, by ring collectives.
+
+    Each pass gathers every block for forward and again for backward, and the embeddings once, or with `keep_gathered`
+    a step gathers all of them once; its last pass scatters the fp32 gradients, which with HSDP are then added up over
+    the replicas.
     """
     shards = ranks // replicas
     sizes = _Sizes(shape, shards)
-    gathered = passes * element_bytes * (2 * shape.num_layers * sizes.block + sizes.root)
+    gathers = 1 if keep_gathered else passes
+    gathered = gathers * element_bytes * ((1 if keep_gathered else 2) * shape.num_layers * sizes.block + sizes.root)
     scattered = STATE_BYTES * sizes.whole
     added = 2 * STATE_BYTES * sizes.shard
-    return (gathered + scattered) * (shards - 1) // shards + added * (replicas - 1) // replicas
+    return Traffic((gathered + scattered) * (shards - 1) // shards, added * (replicas - 1) // replicas)

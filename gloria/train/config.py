@@ -311,7 +311,13 @@ def with_location(config: PretrainConfig, error: UserError) -> UserError:
 
 
 def peak_of_step(
-    config: PretrainConfig, shape: TransformerConfig, world: int, *, precision: str, on_gpu: bool
+    config: PretrainConfig,
+    shape: TransformerConfig,
+    world: int,
+    *,
+    precision: str,
+    on_gpu: bool,
+    keep_gathered: bool = False,
 ) -> Memory:
     """A rank's memory at the worst moment of a step of this recipe on `world` ranks."""
     train = config.train
@@ -327,6 +333,7 @@ def peak_of_step(
         on_gpu=on_gpu,
         # As model.kernels chooses, as far as is known before the run: GPUs that have bf16 have the kernels.
         by_flash=on_gpu and precision == "bf16" and train.attention != "sdpa" and not shape.dropout,
+        keep_gathered=keep_gathered,
     )
 
 

@@ -24,6 +24,7 @@ from gloria.dist.loss_scale import FACTOR, LEAST, adjust
 from gloria.dist.process import on_any_rank
 from gloria.dist.sharding import (
     all_reduce_sums,
+    begin_pass,
     clip_coefficient,
     gradient_square_sum,
     local_gradients,
@@ -150,7 +151,7 @@ def forward_backward(run: Run, batch: StepBatch) -> tuple[Tensor, dict[str, Tens
     row_losses: list[Tensor] = []
     metrics: dict[str, Tensor] = {}
     for number, part in enumerate(batch.parts, start=1):
-        run.model.set_requires_gradient_sync(number == len(batch.parts))
+        begin_pass(run.model, last=number == len(batch.parts), keep_gathered=run.keep_gathered)
         loss, losses, sums = run.objective.losses(run, part)  # a sum with its graph, (rows of the part,)
         loss = loss / batch.denominator
         (loss if run.loss_scale is None else loss * run.loss_scale[0]).backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,10 @@ from gloria.data.loader import Loader, document_bounds, validation_windows
 from gloria.data.mixture import Mixture
 from gloria.data.stream import TokenStream
 from gloria.dist.checkpoint_read import open_reader
+from gloria.dist.environment import read_environment
+from gloria.dist.gpus import card_of_cuda_name, usable_memory
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.process import Process, rank0_decides
+from gloria.dist.process import Process, on_any_rank, rank0_decides
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
 from gloria.dist.signals import ASKED
@@ -33,6 +35,7 @@ from gloria.model.kernels import choose_kernel, use_cudnn_attention
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import build_optimizer
 from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located
+from gloria.train.forecast import Gathered, Network, advice, keep_gathered
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter, peak_flops
 from gloria.train.metrics import perplexity
@@ -211,6 +214,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         mesh = build_mesh(process, config.dist.replicas)
         resume_step = lock_and_choose(config, process, folder, watch, config.data.skip_samples)
         open_rank_log(folder, process.rank, process.world)
+        gathered = _keep_gathered(config, plan, process, precision)
         compiled = compiles_blocks(config, process)
         use_cudnn_attention(True)  # windows all have one length
         with located(config):
@@ -230,6 +234,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             precision=precision,
             activation_checkpointing=config.train.activation_checkpointing,
             compile_blocks=compiled,
+            keep_gathered=gathered.keep,
             kernel=kernel,
             z_loss=config.train.z_loss,
         )
@@ -256,6 +261,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             total_steps=plan.total_steps,
             meter=Meter(plan.mixture.names, plan.mixture.sequence_length),
             watch=watch,
+            keep_gathered=gathered.keep,
         )
         changes = []
         if resume_step:
@@ -270,8 +276,9 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         rank0_decides(process, lambda: _write_start(run))
         if process.is_main:
             print(f"{'attention':<11} {attention}", flush=True)
-            print(describe(config, plan, precision, why, process.device.type == "cuda"), flush=True)
-            for warning in plan.warnings:
+            on_gpu = process.device.type == "cuda"
+            print(describe(config, plan, precision, why, on_gpu, gathered), flush=True)
+            for warning in (*plan.warnings, *_advice(config, plan, process, precision, gathered)):
                 warn(warning)
         begin_log(run, changes)
     return run
@@ -283,6 +290,29 @@ def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: P
     return Loader(streams, mixture, rank=process.rank, world=process.world, prefetch=config.data.prefetch)
 
 
+def _keep_gathered(config: PretrainConfig, plan: RunPlan, process: Process, precision: str) -> Gathered:
+    """What `dist.reshard` means here; the same on all ranks, for a gather is a collective."""
+    usable = _usable_memory(process)
+    found = keep_gathered(config, plan.shape, plan.world, precision=precision, usable=usable)
+    return Gathered(not on_any_rank(not found.keep), found.why)
+
+
+def _usable_memory(process: Process) -> float | None:
+    if process.device.type != "cuda":
+        return None
+    return usable_memory(torch.cuda.get_device_properties(process.device).total_memory)
+
+
+def _advice(
+    config: PretrainConfig, plan: RunPlan, process: Process, precision: str, gathered: Gathered
+) -> Iterator[str]:
+    """On GPUs, what would make the steps of this run faster."""
+    if (usable := _usable_memory(process)) is not None:
+        card = card_of_cuda_name(torch.cuda.get_device_name(process.device))
+        network = Network(card and card.link, node=read_environment().local_world)
+        yield from advice(config, plan.shape, plan.world, card, network, precision, kept=gathered.keep, usable=usable)
+
+
 def shard_model(
     shape: TransformerConfig,
     mesh: DeviceMesh,
@@ -291,6 +321,7 @@ def shard_model(
     precision: str,
     activation_checkpointing: str,
     compile_blocks: bool,
+    keep_gathered: bool = False,
     kernel: str = "sdpa",
     z_loss: float = 0.0,
 ) -> Transformer:
@@ -306,7 +337,7 @@ def shard_model(
         model.token_losses = torch.compile(model.token_losses)
         for block in model.transformer.h:
             block.compile()
-    shard(model, model.transformer.h, mesh, precision)
+    shard(model, model.transformer.h, mesh, precision, keep_gathered=keep_gathered, cast_inputs=False)
     model.to_empty(device=device)
     # The head reads wte.weight, so a second copy after to_empty would train apart from the first.
     assert sum(name.endswith("wte.weight") for name, _ in model.named_parameters()) == 1

@@ -96,6 +96,7 @@ class Run:
     total_steps: int
     meter: Meter
     watch: Watchdog  # over this rank's progress
+    keep_gathered: bool = False  # whole weights stay through all passes of a step; see dist.sharding.begin_pass
     log: RunLog | None = None  # rank 0's
     first_step: int = 0  # steps that were done when this launch took over
     step: int = 0  # steps done; a skipped update counts, for its samples are consumed

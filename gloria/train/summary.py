@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from gloria.dist.gpus import gpus_here, precision_on
+from gloria.dist.gpus import gpus_here, precision_on, usable_memory
 from gloria.optim import schedules
 from gloria.train.config import PretrainConfig, RunPlan, located, peak_of_step
+from gloria.train.forecast import Gathered, keep_gathered
 from gloria.train.metrics import short_number
 
 
@@ -20,12 +21,20 @@ def precision_here(config: PretrainConfig) -> tuple[str, str, bool]:
         return *precision_on(config.train.precision, found and found[1]), found is not None
 
 
-def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on_gpu: bool) -> str:
+def gathered_here(config: PretrainConfig, plan: RunPlan, precision: str) -> Gathered:
+    """What `dist.reshard` means on this machine, as far as nvidia-smi can tell."""
+    found = None if config.run.device == "cpu" else gpus_here()
+    usable = usable_memory(found[1].memory * 2**20) if found else None
+    return keep_gathered(config, plan.shape, plan.world, precision=precision, usable=usable)
+
+
+def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on_gpu: bool, gathered: Gathered) -> str:
     """The run in a few lines, for the user to read before it starts; `why` it has its precision."""
     train, shape, counts = config.train, plan.shape, plan.parameters
     parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
     step_tokens = train.global_batch * train.sequence_length
-    memory = peak_of_step(config, shape, plan.world, precision=precision, on_gpu=on_gpu)
+    keep = gathered.keep
+    memory = peak_of_step(config, shape, plan.world, precision=precision, on_gpu=on_gpu, keep_gathered=keep)
     seconds = plan.tokens * plan.flops_per_token / 1e12 / plan.world
     rows = {
         "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}",
@@ -34,6 +43,7 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on
         "parameters": f"{counts['total']:,} ({parts})",
         "precision": f"{precision}: {why}",
         "memory": f"{memory.describe()}; more: python -m gloria.plan",
+        "weights": gathered.describe(),
         "step": f"{train.global_batch} windows x {train.sequence_length} = {step_tokens:,} tokens "
         f"({plan.world} ranks x {plan.accumulation} passes x micro-batch {train.micro_batch})",
         "length": f"{plan.total_steps:,} steps, {short_number(plan.tokens)} tokens ({plan.tokens:,})",

@@ -6,10 +6,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gloria.dist.process import Process
 from gloria.dist.sharding import (
     all_reduce_sums,
+    begin_pass,
     build_mesh,
     clip_coefficient,
     fill_parameters,
@@ -51,11 +53,43 @@ def batch(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+class Passes(TorchDispatchMode):
+    """Counts what FSDP does besides computing: gathers of a module's weights, elements it copies and divides."""
+
+    gathers = copied = divided = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = str(function)
+        self.gathers += name.startswith("c10d._allgather_base_")
+        self.copied += result.numel() if name == "aten.copy_.default" else 0
+        self.divided += result.numel() if name == "aten.div.Tensor" and result.dim() else 0
+        return result
+
+
 def sharded_gradients(
     rank: int, world: int, replicas: int, micro_batch: int, vocab_size: int
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Whole gradients by name, and the norm as the loop logs it, of the global batch cut as requested."""
+    """Whole gradients by name, and the norm as the loop logs it, of the global batch cut as requested; the same bits
+    whether whole weights are given back behind each block or kept through the step."""
     torch.set_num_threads(1)
+    whole, grad_norm, given_back = gradients_of(rank, world, replicas, micro_batch, vocab_size, keep_gathered=False)
+    kept_whole, _, kept = gradients_of(rank, world, replicas, micro_batch, vocab_size, keep_gathered=True)
+    assert all(torch.equal(kept_whole[name], gradient) for name, gradient in whole.items())
+    shards, modules = world // replicas, 3  # two blocks and the root
+    assert kept.gathers == (modules if shards > 1 else 0), "one gather a step, and alone none"
+    assert given_back.gathers >= (2 * modules - 1 if shards > 1 else 0)
+    elements = sum(gradient.numel() for gradient in whole.values())
+    if world == 1:
+        assert not kept.divided
+        # The weights once, and the summed gradients into their place: no pass more, whatever the number of passes.
+        assert 2 * elements <= kept.copied <= 2.1 * elements < given_back.copied
+    return whole, grad_norm
+
+
+def gradients_of(
+    rank: int, world: int, replicas: int, micro_batch: int, vocab_size: int, *, keep_gathered: bool
+) -> tuple[dict[str, torch.Tensor], float, Passes]:
     process = Process(rank, world, torch.device("cpu"))
     mesh = build_mesh(process, replicas)
     shape = tiny_shape(vocab_size)
@@ -66,23 +100,26 @@ def sharded_gradients(
         precision="fp32",
         activation_checkpointing="full",
         compile_blocks=False,
+        keep_gathered=keep_gathered,
     )
     fill_parameters(model, lambda name, size: initial_value(name, size, shape, SEED))
     ids, labels = batch(vocab_size)
     own = list(range(rank, ROWS, world))
     row_losses = []
-    for first in range(0, len(own), micro_batch):
-        rows = own[first : first + micro_batch]
-        model.set_requires_gradient_sync(first + micro_batch >= len(own))
-        loss, losses = model(ids[rows], labels[rows])
-        (loss / (ROWS * LENGTH)).backward()
-        row_losses.append(losses)
+    passes = Passes()
+    with passes:
+        for first in range(0, len(own), micro_batch):
+            rows = own[first : first + micro_batch]
+            begin_pass(model, last=first + micro_batch >= len(own), keep_gathered=keep_gathered)
+            loss, losses = model(ids[rows], labels[rows])
+            loss.mul(1 / (ROWS * LENGTH)).backward()
+            row_losses.append(losses)
     gradients = local_gradients(model)
     sources = torch.zeros(len(own), dtype=torch.int64)
     sums = pack_sums(gradient_square_sum(gradients, mesh), torch.cat(row_losses), sources, 1, Flags())
     all_reduce_sums(sums)
     whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    return whole, unpack_sums(sums.numpy(), 1).grad_norm
+    return whole, unpack_sums(sums.numpy(), 1).grad_norm, passes
 
 
 def reference_gradients(vocab_size: int) -> dict[str, torch.Tensor]:

@@ -13,9 +13,12 @@ from gloria.model.memory import loss_chunk, memory_per_rank
 
 SMALL = {"model.num_layers": 3, "model.hidden_size": 128, "train.sequence_length": 128, "model.vocab_size": 4096}
 MEASURED = {
-    "gpt2, full, passes": (
+    "gpt2, full, weights kept through passes": (
         1,
-        GPT2 | SMALL | {"train.activation_checkpointing": "full", "train.global_batch": 16, "train.micro_batch": 4},
+        GPT2
+        | SMALL
+        | {"train.activation_checkpointing": "full", "train.global_batch": 16, "train.micro_batch": 4}
+        | {"dist.reshard": "never"},
     ),
     "gpt-neo, selective, masks": (
         1,
@@ -24,9 +27,11 @@ MEASURED = {
         | {"train.activation_checkpointing": "selective", "train.global_batch": 12, "model.window_size": 48}
         | {"data.mask_documents": "true"},
     ),
-    "gpt-neo, bf16": (
+    "gpt-neo, bf16, passes": (
         1,
-        NEO | SMALL | {"train.precision": "bf16", "train.global_batch": 4, "model.window_size": 32},
+        NEO
+        | SMALL
+        | {"train.precision": "bf16", "train.global_batch": 8, "train.micro_batch": 4, "model.window_size": 32},
     ),
     "gpt-neo, two ranks": (2, NEO | SMALL | {"train.global_batch": 24, "model.window_size": 32}),
 }
