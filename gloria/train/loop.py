@@ -38,6 +38,7 @@ from gloria.dist.transfer import HostCopy, start_copy_to_host
 from gloria.optim.schedules import learning_rate
 from gloria.train import checkpointing
 from gloria.train.failure import fail
+from gloria.train.garbage import collect_by_itself, collect_garbage
 from gloria.train.meter import peak_memory
 from gloria.train.profile import end_trace, trace_steps
 from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, Run, close_run, flags_of, trainer_state
@@ -74,6 +75,8 @@ def train(run: Run) -> tuple[int, bool]:
         close_run(run, status, reason)
     except Exception as error:
         return fail(run, error, close_run), False
+    finally:
+        collect_by_itself()
     if run.process.is_main and status == "failed":
         print(f"error: {run.folder}: {reason}; the newest checkpoint is of step {run.saved_step}", file=sys.stderr)
     return int(status == "failed"), status == "done"
@@ -102,6 +105,7 @@ def take_steps(run: Run) -> str:
             stop = finish_step(run, pending)
         pending = step
         pending.seconds, pending.data_seconds = perf_counter() - started, data_seconds
+        collect_garbage(run.step - run.first_step)
 
         save_due = run.step % save_every == 0
         if (run.evaluation_due or save_due or stop or run.step == run.total_steps) and stop not in UNSAVED:
