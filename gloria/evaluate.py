@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from gloria.config.cli import Problems, parse, suggest
+from gloria.data.corpus import describe_contamination
 from gloria.dist.agreement import require_same
+from gloria.dist.checkpoint_read import read_trainer
 from gloria.dist.manifest import run_and_step
 from gloria.dist.process import Process, leave_process_group, rank0_decides, start_process_group, stop_process_group
 from gloria.model.kernels import use_cudnn_attention
@@ -83,6 +85,10 @@ def score_model(model: str, options: EvaluateOptions, process: Process) -> int:
     folder = numbered(options.out or default, number)
     if process.is_main:
         print(f"results    {folder}, after each task", flush=True)
+        if run_and_step(Path(source)):
+            names = [task.name for task, _ in options.requests if task is not None]
+            for line in describe_contamination(read_trainer(Path(source)), names):
+                print(line, flush=True)
     records: list[dict[str, Any]] = []
     for one in scored:
         if not process.is_main:

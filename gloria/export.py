@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gloria.config.cli import Problems, option, parse
+from gloria.data.corpus import describe_contamination
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.errors import UserError, run_command
 from gloria.model.config import TransformerConfig, count_parameters
@@ -50,11 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     assert arguments.run is not None
 
     checkpoint = find_checkpoint(arguments.run, arguments.step)
-    shape = TransformerConfig.from_dict(read_trainer(checkpoint)["model"])
+    trainer = read_trainer(checkpoint)
+    shape = TransformerConfig.from_dict(trainer["model"])
     tensors = read_full_tensors(checkpoint, "model.")
     dtype = DTYPES[arguments.dtype or arguments.precision]
     write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", dtype)
-    print(f"{arguments.out}: {count_parameters(shape)['total']:,} parameters ({dtype}) from {checkpoint}")
+    print(
+        f"{arguments.out}: {count_parameters(shape)['total']:,} parameters ({dtype}) from {checkpoint}",
+        *describe_contamination(trainer),
+        sep="\n",
+    )
     return 0
 
 

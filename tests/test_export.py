@@ -4,6 +4,7 @@ weights, rows that pad the vocabulary left in."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gloria.data.corpus import describe_contamination, read_manifest, write_manifest
 from gloria.dist.checkpoint import begin_save, publish
+from gloria.dist.checkpoint_read import find_checkpoint, read_trainer
 from gloria.dist.state import model_state_dict, optimizer_state_dict
 from gloria.errors import run_command
 from gloria.export import main
@@ -35,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Trans
         model(ids, ids)[0].backward()
         optimizer.step()
         shards = model_state_dict(model) | optimizer_state_dict(model, optimizer)
-        trainer = {"model": SHAPE.to_dict()}
+        trainer = {"model": SHAPE.to_dict(), "recipe": {"data": {"corpus": str(folder / "corpus")}}}
         save = begin_save(folder, step, shards, {}, trainer, rank=0, world=1, launch="test", asynchronous=False)
         assert publish(save), save.error
     return folder, models
@@ -57,6 +60,26 @@ def test_the_weights_of_the_step_asked_for(
     assert capsys.readouterr().out == (
         f"{tmp_path}/out: 38,208 parameters (float32) from {folder}/checkpoints/step-000000{step}\n"
     )
+
+
+def test_evaluation_data_that_the_training_text_held_is_told(
+    run: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str], sample_corpus: Path
+) -> None:
+    """It stands in the corpus's manifest, which may be gone (above)."""
+    folder, _ = run
+    manifest = read_manifest(sample_corpus)
+    found = {"calame": {"texts": 2076, "short": 3, "documents": 12}}
+    shutil.copytree(sample_corpus, folder / "corpus")
+    write_manifest(folder / "corpus", replace(manifest, recipe={**manifest.recipe, "contamination": found}))
+    assert main(["--run", str(folder), "--out", str(tmp_path / "out")]) == 0
+    line = "training   calame: 12 documents with one of its 2,076 texts were left out\n"
+    assert capsys.readouterr().out.endswith(f"step-00000020\n{line}")
+    trainer = read_trainer(find_checkpoint(folder, None))
+    assert describe_contamination(trainer, ["calame", "enem"]) == [
+        line.rstrip(),
+        "training   enem: its texts were not looked for in the training text",
+    ]
+    shutil.rmtree(folder / "corpus")
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--dtype", "bfloat16"]])

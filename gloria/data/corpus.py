@@ -18,9 +18,10 @@ before there was a seal, or hashes of blocks and of all of the tokenizer's files
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -270,3 +271,24 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
                     yield f"{place}: the path {shard.path!r} leaves the corpus folder"
                 if shard.bin_size != shard.tokens * np.dtype(shard.dtype).itemsize:
                     yield f'{place}: "{shard.path}.bin" can\'t be {shard.bin_size} bytes'
+
+
+def describe_contamination(trainer: Mapping[str, Any], tasks: Sequence[str] | None = None) -> list[str]:
+    """What `gloria.refine` found of evaluation data in the text that a checkpoint was trained on, a line a task.
+
+    `trainer` is the checkpoint's state, which names the corpus. Without `tasks`, all tasks that were looked for. No
+    line where the corpus is not here any more, or its text was not checked.
+    """
+    folder = trainer.get("recipe", {}).get("data", {}).get("corpus")
+    if not folder or not (Path(folder) / MANIFEST).exists():
+        return []
+    found = read_manifest(folder).recipe.get("contamination", {})
+    lines = []
+    for task in tasks if tasks is not None else found:
+        if task in found:
+            count = found[task]
+            what = f"{count['documents']:,} documents with one of its {count['texts']:,} texts were left out"
+            lines.append(f"training   {task}: {what}")
+        elif found:
+            lines.append(f"training   {task}: its texts were not looked for in the training text")
+    return lines
