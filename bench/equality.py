@@ -43,6 +43,16 @@ FINETUNE = {
 }
 
 
+def checkout(commit: str, tree: Path) -> Path:
+    """The sources of a commit in the new folder `tree`."""
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True)
+    if archive.returncode:
+        raise SystemExit(f"{commit}: {archive.stderr.decode().strip()}")
+    tree.mkdir()
+    subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
+    return tree
+
+
 def run(tree: Path, *command: str) -> str:
     """What a command prints that runs from the sources of `tree`; ends this one where it fails."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
@@ -107,14 +117,9 @@ def main() -> int:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for side in ("before", "after"):
-            tree, work = Path(folder, f"{side}-tree"), Path(folder, f"{side}-work")
-            tree.mkdir()
+            work = Path(folder, f"{side}-work")
             work.mkdir()
-            archive = subprocess.run(["git", "-C", str(ROOT), "archive", getattr(asked, side)], capture_output=True)
-            if archive.returncode:
-                raise SystemExit(f"{getattr(asked, side)}: {archive.stderr.decode().strip()}")
-            subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
-            found[side] = facts_from(tree, work)
+            found[side] = facts_from(checkout(getattr(asked, side), Path(folder, f"{side}-tree")), work)
     before, after = found["before"], found["after"]
     other = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     for key in other[:20]:
