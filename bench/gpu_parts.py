@@ -189,8 +189,8 @@ def opened(recipe: dict[str, Any], length: int, micro_batch: int, corpus: str) -
         "checkpoint.every": 10**6,
         "log.every": 10**6,
         "log.tensorboard": "false",
-        **recipe,
         **({} if CUDA else TINY | {"run.device": "cpu"}),
+        **recipe,
     }
     launch = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())  # the same on all ranks
     with contextlib.ExitStack() as stack:

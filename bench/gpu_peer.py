@@ -16,23 +16,14 @@ from bench.gpu_parts import CUDA, DEVICE, PASSES, Row, both_mfu, shape_of
 
 
 def peer(model: str, length: int, micro_batch: int, implementation: str) -> Iterator[Row]:
-    """The same model in transformers: under its Trainer where accelerate is installed, else in a plain loop."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from gloria.model.families import config_of_fields
-
+    """Whole steps of the same model at one micro-batch."""
     shape = shape_of(model, length)
-    fields = config_of_fields(shape.to_dict())
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    network = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(DEVICE).train()
-    ids = torch.randint(shape.vocab_size, (micro_batch, length), device=DEVICE)
-    trainer = importlib.util.find_spec("accelerate") is not None
-    steps = 8 if CUDA else 2
-    seconds = (_trainer_seconds if trainer else _plain_seconds)(network, ids, steps)
+    network = network_of(shape, implementation)
+    seconds, how = peer_seconds(network, shape.vocab_size, length, micro_batch, 8 if CUDA else 2)
     tokens = micro_batch * PASSES * length
     parameters = sum(parameter.numel() for parameter in network.parameters())
     yield {
-        "who": f"transformers {implementation}, {'Trainer' if trainer else 'plain loop'}",
+        "who": f"transformers {implementation}, {how}",
         "model": model,
         "T": length,
         "micro-batch": micro_batch,
@@ -41,6 +32,25 @@ def peer(model: str, length: int, micro_batch: int, implementation: str) -> Iter
         **both_mfu(shape, parameters, length, tokens / seconds),
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if CUDA else math.nan,
     }
+
+
+def network_of(shape: Any, implementation: str) -> nn.Module:
+    """transformers' model of a shape of ours, with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from gloria.model.families import config_of_fields
+
+    fields = config_of_fields(shape.to_dict())
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(DEVICE).train()
+
+
+def peer_seconds(network: nn.Module, vocab_size: int, length: int, micro_batch: int, steps: int) -> tuple[float, str]:
+    """Seconds a step of `PASSES` micro-batches, after three that warm up, and under what."""
+    ids = torch.randint(vocab_size, (micro_batch, length), device=DEVICE)
+    if importlib.util.find_spec("accelerate"):
+        return _trainer_seconds(network, ids, steps), "Trainer"
+    return _plain_seconds(network, ids, steps), "plain loop (Trainer needs accelerate)"
 
 
 def _plain_seconds(network: nn.Module, ids: Tensor, steps: int) -> float:
