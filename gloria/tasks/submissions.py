@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from gloria.config.cli import from_mapping
 from gloria.errors import UserError
 from gloria.tasks.examples import (
     ChoicePrediction,
@@ -65,32 +65,25 @@ def write_predictions(path: Path, predictions: Mapping[str, Prediction]) -> None
 def read_predictions(task: Task, path: Path, examples: Sequence[Example]) -> dict[str, Prediction]:
     """Predictions as `write_predictions` wrote them. Raises `UserError` for rows of another task or other examples."""
     problems, kind = Problems(path), CLASSES[task.family]
-    known_ids = {example.id for example in examples}
-    known = typing.get_type_hints(kind)
+    known = {example.id for example in examples}
+    expected = ", ".join(field.name for field in dataclasses.fields(kind))
     predictions: dict[str, Prediction] = {}
     if not path.is_file():
         raise UserError(f"{path}: no such file; give predictions that gloria.evaluate wrote")
     for line, row in json_rows(path, problems):
         id = row.pop("id", None)
-        row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-        right = all(name in known and _fits(value, known[name]) for name, value in row.items())
-        if not isinstance(id, str) or id in predictions or not right:
-            problems.add(line, f"is no prediction of {task.name}; id, once each, and {', '.join(known)} are expected")
+        try:
+            prediction: Prediction | None = from_mapping(kind, row, str(path))
+        except UserError:
+            prediction = None
+        if not isinstance(id, str) or id in predictions or prediction is None:
+            problems.add(line, f"is no prediction of {task.name}; id, once each, and {expected} are expected")
             continue
-        if id not in known_ids:
-            problems.add(
-                line, f'"{id}" is not among the {len(known_ids)} examples; give --data and --split of this file'
-            )
-        predictions[id] = kind(**row)
+        if id not in known:
+            problems.add(line, f'"{id}" is not among the {len(known)} examples; give --data and --split of this file')
+        predictions[id] = prediction
     problems.report()
     return predictions
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value has the type of a field: T, T | None or tuple[T, ...]."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(item) is typing.get_args(hint)[0] for item in value)
-    return type(value) in (typing.get_args(hint) or (hint,))
 
 
 def _line(row: dict[str, object]) -> str:

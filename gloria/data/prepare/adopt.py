@@ -18,7 +18,7 @@ BATCH_TOKENS = 2**20  # decoded at a time
 
 def cut_documents(prefix: str | os.PathLike[str]) -> list[int]:
     """Document numbers at which a shard is cut into pieces of about PIECE_TOKENS, from 0 to the number of documents."""
-    return _edges(read_index(prefix).document_offsets(), PIECE_TOKENS)
+    return range_edges(read_index(prefix).document_offsets(), PIECE_TOKENS)
 
 
 def read_shard(prefix: str | os.PathLike[str], tokenizer: TextTokenizer, first: int, last: int) -> Iterator[Document]:
@@ -33,7 +33,7 @@ def read_shard(prefix: str | os.PathLike[str], tokenizer: TextTokenizer, first: 
     tokens = map_tokens(prefix, in_order=True)
     dtype = dtype_for_vocab(tokenizer.vocab_size)
     inside = 0
-    for start, end in zip((edges := _edges(offsets, BATCH_TOKENS)), edges[1:]):
+    for start, end in zip((edges := range_edges(offsets, BATCH_TOKENS)), edges[1:]):
         documents = [tokens[a:b] for a, b in zip(offsets[start:end], offsets[start + 1 : end + 1])]
         for number, document in enumerate(documents, first + start + 1):
             inside += _has_eos_inside(f"{prefix}.bin: document {number}", document, tokenizer)
@@ -59,7 +59,7 @@ def _has_eos_inside(place: str, document: np.ndarray, tokenizer: TextTokenizer) 
     return bool((document[:-1] == eos).any())
 
 
-def _edges(offsets: np.ndarray, tokens: int) -> list[int]:
-    """Document numbers from 0 to the last, each range of about so many tokens, from (documents + 1,) offsets."""
-    steps = (offsets[:-1] - offsets[0]) // tokens
+def range_edges(offsets: np.ndarray, size: int) -> list[int]:
+    """Document numbers from 0 to the last that cut ranges of about `size`, from the documents' offsets (n + 1,)."""
+    steps = (offsets[:-1] - offsets[0]) // size
     return [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(offsets) - 1]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
+from gloria.data.prepare.adopt import range_edges
 from gloria.data.prepare.overlap import places_of, runs_of_words
 from gloria.data.prepare.scatter import Frame, cut_texts, deduplicate, read_kept, read_records, shared_tokenizer
 from gloria.data.prepare.split import Split, candidates
@@ -170,7 +171,8 @@ def tokenise(task: BucketTask) -> Tokenised:
     met = np.zeros(len(held_out), bool)
     seconds = 0.0
     with open(f"{task.out}.tokens", "wb") as file:
-        for first, last in _batches(records["size"][order]):
+        offsets = np.concatenate([[0], np.cumsum(records["size"][order])])
+        for first, last in itertools.pairwise(range_edges(offsets, ENCODE_BYTES)):
             start = time.perf_counter()
             batch = [_text(records[i], texts[i]) for i in order[first:last]]
             encoded = _encode(tokenizer, batch, [texts[i][records["size"][i] :] for i in order[first:last]])
@@ -202,13 +204,6 @@ def _encode(tokenizer: TextTokenizer, texts: Sequence[str], tokens: Sequence[byt
     encoded = iter(tokenizer.encode_batch([text for text, given in zip(texts, tokens) if not given]))
     end = np.array([tokenizer.eos_id], dtype)
     return [np.frombuffer(given, dtype) if given else np.concatenate([next(encoded), end]) for given in tokens]
-
-
-def _batches(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of neighbouring documents, each of about ENCODE_BYTES of text."""
-    number = (np.cumsum(sizes) - sizes) // ENCODE_BYTES
-    edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(sizes)]
-    return itertools.pairwise(edges)
 
 
 def _segments(

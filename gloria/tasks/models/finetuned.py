@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gloria.config.cli import from_mapping
 from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.files import parse_json_object, partial_folder, publish, read_bounded, to_json
@@ -213,12 +214,8 @@ def load_finetuned(folder: str | Path, device: torch.device) -> FinetunedModel:
     """A fine-tuned model, whole, on `device`. `UserError` where files are missing or do not fit each other."""
     folder = Path(folder)
     content = read_task_file(folder)
-    kinds = {"task": str, "labels": list, "heads": dict, "max_length": int, "stride": int, "max_answer_tokens": int}
-    for key, kind in (kinds | {"no_answer": bool}).items():
-        if type(content.get(key)) is not kind:
-            raise UserError(f"{folder / TASK}: {key} is missing or of a wrong type; fine-tune again")
-    values = {key: content[key] for key in Inputs.__dataclass_fields__}
-    inputs = Inputs(**{**values, "labels": tuple(content["labels"])})
+    values = {key: content[key] for key in Inputs.__dataclass_fields__ if key in content}
+    inputs = from_mapping(Inputs, values, str(folder / TASK))
     task = find_task(inputs.task)
     if inputs.labels != task.labels or inputs.heads != task_heads(task) or inputs.max_length < 1:
         raise UserError(f"{folder / TASK}: does not fit the task {task.name}; fine-tune again")

@@ -94,5 +94,5 @@ def test_a_task_file_that_does_not_fit_is_refused(wrong, folders, tmp_path):
     folder = shutil.copytree(folders["gpt2", "faquad"], tmp_path / "model")
     content = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps(content | wrong))
-    with pytest.raises(UserError, match=r"is missing or of a wrong type|does not fit the task"):
+    with pytest.raises(UserError, match=r"must be a list, not 5|must be a whole number, not|does not fit the task"):
         load_finetuned(folder, torch.device("cpu"))
