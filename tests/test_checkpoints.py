@@ -88,7 +88,7 @@ def test_a_run_of_whole_checkpoints_verifies(tmp_path: Path, capsys):
     assert [line.split()[-1] for line in lines] == ["valid"]
 
 
-def test_a_run_without_checkpoints_says_so(tmp_path: Path, capsys):
+def test_a_run_without_checkpoints_is_reported(tmp_path: Path, capsys):
     assert run(capsys, "--run", tmp_path) == (0, [f"{tmp_path}/checkpoints: no checkpoint"])
 
 
@@ -161,7 +161,7 @@ def test_a_live_run_is_called_running():
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-3, "0 s"), (59.9, "59 s"), (60, "1 min"), (7200, "2 h"), (3 * 86400 + 5, "3 d")]
 )
-def test_spans_of_time_are_told_by_their_largest_unit(seconds: float, text: str):
+def test_spans_of_time_are_reported_by_their_largest_unit(seconds: float, text: str):
     assert duration(seconds) == text
 
 

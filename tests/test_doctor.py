@@ -149,7 +149,7 @@ def test_one_process_has_nothing_wrong_and_leaves_nothing(recipe, tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_and_a_folder_that_is_none_are_told_together(recipe, tmp_path, capsys, monkeypatch, one_process):
+def test_no_room_and_a_folder_that_is_none_are_reported_together(recipe, tmp_path, capsys, monkeypatch, one_process):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9 - 1000, 1000))
     (tmp_path / "file").touch()

@@ -210,7 +210,7 @@ def test_what_runs_before_the_ranks_needs_no_torch():
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
-def test_the_status_of_a_run_is_told_without_torch(tmp_path):
+def test_the_status_of_a_run_is_reported_without_torch(tmp_path):
     subprocess.run(["bash", "-c", status(tmp_path / "run", "stopped", 4)], check=True)
     command = [
         sys.executable,

@@ -53,7 +53,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["adamw", "radam"])
-def test_a_step_that_is_not_finite_is_left_out_and_told(recipe, monkeypatch, tmp_path, name):
+def test_a_step_that_is_not_finite_is_left_out_and_reported(recipe, monkeypatch, tmp_path, name):
     recipe |= {"train.steps": 5, "optim.name": name, "schedule.kind": "constant", "schedule.min_ratio": 0.0}
     fails_at(monkeypatch, {4}, float("nan"))
     assert main(flags(recipe)) == 0
@@ -79,7 +79,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_and_leave_the_last_checkpoint(
     assert find_checkpoint(tmp_path / "run").name == "step-00000004"
 
 
-def test_a_finished_run_started_again_does_nothing_and_one_prolonged_goes_on(recipe, tmp_path):
+def test_a_finished_run_started_again_does_nothing_and_one_prolonged_continues(recipe, tmp_path):
     recipe |= {"schedule.kind": "constant", "schedule.min_ratio": 0.0}
     assert main(flags(recipe)) == 0
     assert main(flags(recipe)) == 0
@@ -116,7 +116,7 @@ def test_resuming_with_another_seed_or_sequence_length_is_refused_by_name(recipe
     ]
 
 
-def test_weights_and_batch_may_change_when_a_run_goes_on(recipe, tmp_path, capsys):
+def test_weights_and_batch_may_change_when_a_run_continues(recipe, tmp_path, capsys):
     assert main(flags(recipe, train__steps=6)) == 0
     past = losses(tmp_path / "run")
     capsys.readouterr()
@@ -236,7 +236,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_afresh(recipe, tmp_path, 
     ]
 
 
-def test_every_change_of_the_recipe_is_told(recipe, capsys):
+def test_every_change_of_the_recipe_is_reported(recipe, capsys):
     recipe |= {"train.steps": 6, "checkpoint.every": 3}
     assert main(flags(recipe)) == 0
     capsys.readouterr()
@@ -255,7 +255,7 @@ def test_every_change_of_the_recipe_is_told(recipe, capsys):
     ]
 
 
-def test_windows_longer_than_all_that_is_held_out_are_told_and_train_without_validation(recipe, tmp_path, capsys):
+def test_windows_longer_than_all_that_is_held_out_are_reported_and_train_without_validation(recipe, tmp_path, capsys):
     recipe |= {"train.steps": 2, "train.sequence_length": 1000, "model.max_positions": 1000, "valid.every": 1}
     assert main(flags(recipe)) == 0
     reported = [line for line in capsys.readouterr().err.splitlines() if "has no validation" in line]

@@ -188,7 +188,7 @@ def test_what_is_asked_for_wrongly(tmp_path: Path, corpus_folder: Path, capsys) 
         ('{"mixture": 3, "recipe": {}}', "is not a JSON object; continue from an older checkpoint; passed over"),
     ],
 )
-def test_a_damaged_state_is_told(tmp_path: Path, capsys, content: str, line: str) -> None:
+def test_a_damaged_state_is_reported(tmp_path: Path, capsys, content: str, line: str) -> None:
     (tmp_path / "mixture.json").write_text(content)
     err = error_of(capsys, tmp_path, 0)
     assert err.startswith(f"warning: {tmp_path}/mixture.json: {line}")

@@ -42,12 +42,12 @@ def test_results_come_in_rank_order_and_prints_come_out(capsys):
     assert capsys.readouterr().out.splitlines() == [f"rank {rank} of 3 was here" for rank in range(3)]
 
 
-def test_the_traceback_of_a_failing_rank_is_told():
+def test_the_traceback_of_a_failing_rank_is_reported():
     with pytest.raises(WorldError, match=r"(?s)rank 1 of 2: Traceback.*ValueError: planted"):
         run_world(fail_on_last, 2)
 
 
-def test_a_rank_that_dies_is_told():
+def test_a_rank_that_dies_is_reported():
     with pytest.raises(WorldError, match="rank 0 of 2: died"):
         run_world(die_on_first, 2)
 

@@ -247,7 +247,7 @@ def test_all_problems_of_file_flags_and_combinations_come_at_once() -> None:
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_a_file_that_is_no_toml_is_told_with_its_line(content: bytes, expected: str) -> None:
+def test_a_file_that_is_no_toml_is_reported_with_its_line(content: bytes, expected: str) -> None:
     Path("bad.toml").write_bytes(content)
     assert problems(lambda: read("--config bad.toml")) == [expected]
 

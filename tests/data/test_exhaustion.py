@@ -56,7 +56,7 @@ def test_a_new_stage_is_checked_from_where_the_run_stands() -> None:
     check_exhaustion(mixture, 3000, 2)
 
 
-def test_many_passes_are_told_with_the_weight_that_avoids_them() -> None:
+def test_many_passes_are_reported_with_the_weight_that_avoids_them() -> None:
     windows = WINDOWS | {"poems": 20}
     mixture = mixture_of(windows, WEIGHTS)
     assert mixture.epochs_at(1200)["poems"] == 6.0

@@ -217,7 +217,7 @@ plans = st.lists(
 
 @settings(max_examples=75, deadline=None)
 @given(plans, st.integers(60, 150), st.lists(st.integers(1, 40), min_size=6, max_size=6), st.integers(0, 2**64 - 1))
-def test_any_stages_leave_the_past_and_go_on_exactly(
+def test_any_stages_leave_the_past_and_continue_exactly(
     plan: list[tuple[int, dict[str, int]]], period: int, sizes: list[int], seed: int
 ) -> None:
     """Re-weighted, added, dropped, taken up again, at any sample: always the reference, and every epoch whole."""
@@ -291,7 +291,7 @@ def error_lines(call: Any, *args: Any, **kwargs: Any) -> list[str]:
     return list(caught.value.problems)
 
 
-def test_weights_that_cannot_be_are_all_told_at_once() -> None:
+def test_weights_that_cannot_be_are_all_reported_at_once() -> None:
     sources = sources_of(WINDOWS) | {"verse": Source(14, "p"), "void": Source(0, "p")}
     weights = {"nwes": 1.0, "news": float("nan"), "books": -1.0, "verse": 0.5, "void": 0.1, "poems": 1.0}
     assert error_lines(new_mixture, 1, LENGTH, sources, weights, global_batch=8) == [

@@ -43,7 +43,7 @@ def test_all_other_samples_come_as_they_would_have(gaps: list[tuple[int, int]]) 
             assert counts == {name: sum(taken == name for taken, _, _ in order[:sample]) for name in WINDOWS}
 
 
-def test_a_later_stage_goes_on_behind_the_samples_left_out() -> None:
+def test_a_later_stage_continues_behind_the_samples_left_out() -> None:
     mixture = mixture_of(WINDOWS, WEIGHTS)
     mixture.leave_out(range(480, 960))
     mixture.next_sample = 1200
@@ -56,7 +56,7 @@ def test_a_later_stage_goes_on_behind_the_samples_left_out() -> None:
     assert listed(again, 0, 4000) == listed(mixture, 0, 4000)
 
 
-def test_a_run_that_goes_on_keeps_them_out_and_asks_no_second_time() -> None:
+def test_a_run_that_continues_keeps_them_out_and_asks_no_second_time() -> None:
     mixture = mixture_of(WINDOWS, WEIGHTS)
     mixture.next_sample = 240
     assert mixture.leave_out(range(480, 500)) == [

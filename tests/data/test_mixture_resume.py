@@ -59,7 +59,7 @@ def refusal(mixture: Mixture, state: dict[str, Any], **permitted: Any) -> list[s
 
 
 @pytest.mark.parametrize("step", [0, 1, 41, 42, 100, 333])
-def test_the_same_run_goes_on_at_any_step(step: int) -> None:
+def test_the_same_run_continues_at_any_step(step: int) -> None:
     resumed = run_of()
     assert resumed.load_state_dict(state_at(step * 24)) == []
     assert resumed.next_sample == step * 24

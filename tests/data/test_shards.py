@@ -80,7 +80,7 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert read(prefix) == documents
 
 
-def test_entry_tells_what_lies_on_disk(tmp_path: Path) -> None:
+def test_entry_has_what_lies_on_disk(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "source/train-00000", np.dtype("<i4"))
     writer.add(*chunk([[100_000, 0], [5, 0]], "<i4"))
     writer.add(*chunk([[9, 9, 0]], "<i4"))

@@ -285,7 +285,7 @@ def test_training_does_not_depend_on_threads(folders, tmp_path: Path) -> None:
             assert (out / "tokenizer.json").read_bytes() == (folders[kind] / "tokenizer.json").read_bytes()
 
 
-def test_a_small_sample_makes_a_smaller_bpe_and_says_so(tmp_path: Path, capsys) -> None:
+def test_a_small_sample_makes_a_smaller_bpe_and_is_reported(tmp_path: Path, capsys) -> None:
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=2000), SENTENCES, tmp_path)
     assert tokenizer.vocab_size < 2000
     assert capsys.readouterr().err == (
@@ -340,7 +340,7 @@ def test_import_copies_a_folder_with_its_fingerprint(folder: Path, tokenizer, tm
     assert capsys.readouterr().err == ""
 
 
-def test_import_without_a_pad_token_says_so(folders, tmp_path: Path, capsys) -> None:
+def test_import_without_a_pad_token_is_reported(folders, tmp_path: Path, capsys) -> None:
     source = tmp_path / "source"
     shutil.copytree(folders["bpe"], source)
     (source / "tokenizer_config.json").unlink()
@@ -382,7 +382,7 @@ def test_a_foreign_tokenizer_keeps_its_ids(tmp_path: Path) -> None:
     assert imported.encode("a  b") == [0, 4, 1]
 
 
-def test_an_eos_that_texts_can_spell_is_said(tmp_path: Path, capsys) -> None:
+def test_an_eos_that_texts_can_spell_is_reported(tmp_path: Path, capsys) -> None:
     """Unigram tokenizers of others have it among their pieces, where no setting keeps texts from it."""
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0))
     backend.add_special_tokens(["</s>"])

@@ -65,13 +65,13 @@ def make_all(rank: int, world: int) -> list[Any]:
 BAD = ((1,), (0, 1, 2))
 
 
-def test_what_one_rank_cannot_do_ends_all_and_is_told_once():
+def test_what_one_rank_cannot_do_ends_all_and_is_reported_once():
     """A model that only one node lacks would leave the other ranks in a collective, and end them in a traceback."""
     reported = [["0: is wrong"], ["0: is wrong", "1: is wrong"]]
     assert run_world(make_all, 3) == [[0, *reported], [1, 2, 2], [2, 2, 2]]
 
 
-def test_rank_0_tells_and_all_end(tmp_path):
+def test_rank_0_reports_and_all_end(tmp_path):
     first, *others = run_world(ask_all, 3, str(tmp_path))
     remedy = "start all ranks with the same recipe, flags, corpus and environment"
     assert first == [

@@ -137,7 +137,7 @@ def test_another_models_tensors_are_refused(tmp_path: Path, name, target, shape,
     assert str(error.value) == f"{path}: {line}"
 
 
-def test_a_disk_that_cannot_read_is_told_with_the_file(tmp_path: Path, monkeypatch):
+def test_a_disk_that_cannot_read_is_reported_with_the_file(tmp_path: Path, monkeypatch):
     path = save_whole(tmp_path, 1, WHOLE)
     file, reader = path / "rank-00000.safetensors", open_reader(path)
 

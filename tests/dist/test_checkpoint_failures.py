@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path: Path):
     abandon(save)
 
 
-def test_no_host_memory_for_the_copy_is_a_failed_save_that_says_so(tmp_path: Path, monkeypatch, capsys):
+def test_no_host_memory_for_the_copy_is_a_failed_save_that_is_reported(tmp_path: Path, monkeypatch, capsys):
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 84 bytes\nBacktrace: ...")
 

@@ -137,7 +137,7 @@ def test_every_single_byte_of_the_manifest_counts(run_dir: Path):
             read_manifest(file.parent)
 
 
-def test_all_problems_are_told_at_once(run_dir: Path):
+def test_all_problems_are_reported_at_once(run_dir: Path):
     path = checkpoint_path(run_dir, 20)
     (path / "trainer.json").unlink()
     flip(path / RANK_FILE, -1)
@@ -167,7 +167,7 @@ def test_a_linked_checkpoint_folder_is_not_followed(run_dir: Path, tmp_path: Pat
     assert verify(path) == [f"{path}: is not a folder (symbolic links are not followed here)"]
 
 
-def test_strangers_are_left_alone_and_named(run_dir: Path):
+def test_unknown_files_are_kept_and_named(run_dir: Path):
     path = checkpoint_path(run_dir, 20)
     (path / "notes.pkl").write_bytes(pickle.dumps({"harmless": True}))
     (path / "out").symlink_to("/etc")

@@ -199,7 +199,7 @@ def alone(repository):
         process.communicate()
 
 
-def test_a_rank_whose_others_never_come_says_so_and_is_ended_by_sigterm(alone):
+def test_a_rank_whose_others_never_come_is_reported_and_is_ended_by_sigterm(alone):
     process = alone(30)
     process.terminate()
     assert process.wait(30) == -signal.SIGTERM

@@ -42,7 +42,7 @@ def node(monkeypatch):
         (ETH, "127.0.1.1", "", [], []),  # nothing is known to be better
     ],
 )
-def test_what_leads_nowhere_is_replaced_and_said(node, capsys, addresses, own, way, lines, reasons):
+def test_what_leads_nowhere_is_replaced_and_reported(node, capsys, addresses, own, way, lines, reasons):
     node(addresses, own, way)
     interface.report_choices("gpu02")
     printed = capsys.readouterr()

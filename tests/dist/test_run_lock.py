@@ -35,7 +35,7 @@ def forge_lock(run_dir: Path, *, age: float = 0.0, **values) -> Path:
     return lock
 
 
-def test_a_run_tells_how_it_stands_and_lets_go_of_the_lock(tmp_path: Path):
+def test_a_run_reports_its_state_and_lets_go_of_the_lock(tmp_path: Path):
     run_lock = lock_run(tmp_path / "run", "first")
     before = time.time()
     write_status(run_lock, "running", 7)
@@ -158,7 +158,7 @@ def test_a_launch_that_lost_its_run_knows_and_writes_nothing_more(tmp_path: Path
     )
 
 
-def test_the_heartbeat_goes_on_while_a_step_takes_long(tmp_path: Path, run_locks):
+def test_the_heartbeat_continues_while_a_step_takes_long(tmp_path: Path, run_locks):
     run_locks.append(lock_run(tmp_path, "slow", beat_seconds=0.05))
     write_status(run_locks[0], "running", 1)
     before = (tmp_path / "lock").stat().st_mtime_ns, read_status(tmp_path).heartbeat

@@ -135,7 +135,7 @@ def load_into_another(rank: int, world: int, optimizer_name: str) -> tuple[str, 
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "radam"])
-def test_a_loaded_state_goes_on_with_the_same_bits(optimizer_name: str):
+def test_a_loaded_state_continues_with_the_same_bits(optimizer_name: str):
     for digest, loaded_digest, loss, loaded_loss in run_world(load_into_another, 2, optimizer_name):
         assert digest == loaded_digest
         assert loss == loaded_loss
@@ -148,7 +148,7 @@ def test_a_model_without_memory_cannot_be_loaded():
         load_training_state(model, optimizer, lambda *_: None)
 
 
-def test_random_numbers_go_on_where_they_were(capsys):
+def test_random_numbers_continue_where_they_were(capsys):
     states = rng_state_dict()
     assert states["cpu"].dtype == torch.uint8
     drawn = torch.rand(5)

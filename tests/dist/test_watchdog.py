@@ -80,7 +80,7 @@ def test_a_full_disk_does_not_raise_from_a_print(capsys):
         print("two", file=tee, flush=True)
 
 
-def test_the_console_goes_on_where_the_log_cannot(capfd):
+def test_the_console_continues_where_the_log_cannot(capfd):
     """The `error:` line of a full disk was lost with the log."""
     full = Path("/dev/full")
     with open(full, "wb", buffering=0) as log, open(os.dup(1), "w") as console:

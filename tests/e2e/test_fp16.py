@@ -115,7 +115,7 @@ def test_a_run_that_overflows_is_one_without_those_samples_at_the_scale_that_was
     assert (state["overflows"], state["skips"], other["overflows"]) == (bad, 0, 0)
 
 
-def test_an_overflow_of_one_rank_is_every_ranks_and_show_tells_of_it(recipe, tmp_path, capsys):
+def test_an_overflow_of_one_rank_is_every_ranks_and_show_reports_it(recipe, tmp_path, capsys):
     launch.run(flags(recipe, train__steps=8), 2, tmp_path, partial(plant_in_a_gradient_of_rank_1, math.inf))
     assert column(tmp_path / "run", "overflows") == [0] * 5 + [1] + [0] * 2
     assert column(tmp_path / "run", "loss_scale") == [2.0**16] * 6 + [2.0**15] * 2

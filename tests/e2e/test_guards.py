@@ -123,7 +123,7 @@ def test_a_sleeping_rank_is_named_and_ends_when_it_wakes(recipe, tmp_path):
     assert (folder / "logs" / "rank-00001.log").exists()
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_from_its_checkpoint(recipe, tmp_path):
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_continues_from_its_checkpoint(recipe, tmp_path):
     options = flags(recipe, train__steps=5000)
     under_way = launch.start(options, 2, tmp_path)
     launch.wait_for_step(tmp_path / "run", 9, under_way)

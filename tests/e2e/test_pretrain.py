@@ -87,7 +87,7 @@ def test_any_number_of_ranks_gives_the_same_run(recipe, tmp_path):
                 assert mine["sources"][name]["epoch"] == source["epoch"]
 
 
-def test_a_run_goes_on_with_other_ranks(recipe, tmp_path):
+def test_a_run_continues_with_other_ranks(recipe, tmp_path):
     """Begun on two ranks, gone on on one, four and three: the losses of a run that stayed on two."""
     launch.run(flags(recipe, run__dir=tmp_path / "whole"), 2, tmp_path)
     folder = tmp_path / "moved"

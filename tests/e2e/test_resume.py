@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(recipe, go, t
     }
 
 
-def test_going_back_sets_aside_what_came_after_and_says_so(recipe, go, capsys):
+def test_going_back_sets_aside_what_came_after_and_is_reported(recipe, go, capsys):
     whole = go(recipe, 1, "whole")
     again = copied(whole, "again")
     capsys.readouterr()
@@ -252,7 +252,7 @@ def test_going_back_sets_aside_what_came_after_and_says_so(recipe, go, capsys):
     ]
 
 
-def test_a_live_run_is_left_alone_and_a_full_disk_is_told_before_the_first_step(recipe, tmp_path, monkeypatch, capsys):
+def test_a_live_run_is_left_alone_and_a_full_disk_reported_before_the_first_step(recipe, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     run_lock = lock_run(run_dir, "other")
     assert run_command(gloria.pretrain.main, flags(recipe, run__dir=run_dir)) == 2

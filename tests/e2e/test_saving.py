@@ -60,7 +60,7 @@ def refuse_writes(steps: set[int], only_rank: int) -> None:
     gloria.train.checkpointing.begin_save = begin
 
 
-def test_a_save_that_fails_on_one_rank_is_told_and_tried_again(recipe, tmp_path, capsys):
+def test_a_save_that_fails_on_one_rank_is_reported_and_tried_again(recipe, tmp_path, capsys):
     run_dir = tmp_path / "run"
     ended = launch.run(flags(recipe), 2, tmp_path, partial(refuse_writes, {4}, 1))
     assert events(run_dir, "checkpoint", "checkpoint_failed") == [
@@ -82,7 +82,7 @@ def test_a_save_that_fails_on_one_rank_is_told_and_tried_again(recipe, tmp_path,
 
 
 @pytest.mark.parametrize("only_rank", [0, 1])
-def test_a_run_whose_end_cannot_be_saved_says_so_and_goes_on_later(recipe, tmp_path, capsys, only_rank):
+def test_a_run_whose_end_cannot_be_saved_is_reported_and_continues_later(recipe, tmp_path, capsys, only_rank):
     run_dir = tmp_path / "run"
     failed = launch.start(flags(recipe), 2, tmp_path, partial(refuse_writes, {8, 12}, only_rank))
     assert failed.wait() == [1, 1], failed.text()
@@ -97,7 +97,7 @@ def test_a_run_whose_end_cannot_be_saved_says_so_and_goes_on_later(recipe, tmp_p
     assert status_of(run_dir, capsys) == (0, "done, step 12")
 
 
-def test_a_save_still_under_way_at_the_next_interval_is_waited_for_and_told(recipe, tmp_path, monkeypatch):
+def test_a_save_still_under_way_at_the_next_interval_is_waited_for_and_reported(recipe, tmp_path, monkeypatch):
     gate = threading.Event()
     write, finish = gloria.dist.checkpoint.write_tensor_file, gloria.train.checkpointing.finish
 
@@ -127,7 +127,7 @@ def test_older_checkpoints_go_and_milestones_stay(recipe, tmp_path, asynchronous
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000012\n"
 
 
-def test_a_job_script_is_told_how_a_run_stands_and_a_live_one_can_be_exported(recipe, tmp_path, capsys):
+def test_a_job_script_learns_the_state_of_a_run_and_a_live_one_can_be_exported(recipe, tmp_path, capsys):
     run_dir = tmp_path / "run"
     recipe |= {"train.steps": 100_000, "schedule.kind": "constant", "schedule.min_ratio": 0.0}
     under_way = launch.start(flags(recipe, checkpoint__keep_every=4), 1, tmp_path)

@@ -89,7 +89,7 @@ def in_a_step() -> None:
     gloria.train.loop.forward_backward = forward_backward
 
 
-def test_stopped_by_every_signal_in_every_phase_and_gone_on_with_it_is_the_same_run(recipe, tmp_path):
+def test_stopped_by_every_signal_in_every_phase_and_continued_with_it_is_the_same_run(recipe, tmp_path):
     recipe |= {"train.steps": 24, "valid.every": 6, "valid.windows": 12}
     launch.run(flags(recipe, run__dir=tmp_path / "whole"), 2, tmp_path)
     folder = tmp_path / "stopped"

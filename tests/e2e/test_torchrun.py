@@ -38,7 +38,7 @@ def test_without_a_recipe_the_demo_runs_and_makes_its_corpus(tmp_path, repositor
     assert read_status(tmp_path / "runs/demo").status == "done"
 
 
-def test_a_wrong_recipe_is_told_once_and_before_torchruns_own_report(tmp_path, repository):
+def test_a_wrong_recipe_is_reported_once_and_before_torchruns_own_report(tmp_path, repository):
     ended = torchrun(["--train.stepz", "3", "--optim.lr", "fast"], tmp_path, repository)
     assert ended.returncode != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("error:")]

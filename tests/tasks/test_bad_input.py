@@ -146,7 +146,7 @@ def test_a_wrong_flag_is_reported_in_a_line(flags, line, neo, tmp_path, monkeypa
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_a_run_does_not_go_on_with_other_examples_and_is_no_model_itself(neo, tmp_path, capsys):
+def test_a_run_does_not_continue_with_other_examples_and_is_no_model_itself(neo, tmp_path, capsys):
     data = write_assin(tmp_path / "data", {"train": 8, "dev": 4})
     run = tmp_path / "run"
     arguments = command("assin2", neo, data, run, train__steps=2)
@@ -166,7 +166,7 @@ def test_a_run_does_not_go_on_with_other_examples_and_is_no_model_itself(neo, tm
     )
 
 
-def test_a_tokenizer_without_end_or_separator_is_told_and_one_without_padding_works(neo, tmp_path, capsys):
+def test_a_tokenizer_without_end_or_separator_is_reported_and_one_without_padding_works(neo, tmp_path, capsys):
     data = write_squad(tmp_path / "data", {"train": 30, "dev": 4}, words=6)
     tokenizer = json.loads((neo / "tokenizer_config.json").read_text())
     assert "pad_token" not in tokenizer

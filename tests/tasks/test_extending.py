@@ -96,7 +96,7 @@ def test_every_task_with_a_head_has_a_default_recipe():
 
 
 @pytest.mark.parametrize("task", ["exams", "rte"])
-def test_weights_that_are_not_finite_predict_nothing_and_a_warning_says_so(task, neo, tmp_path, capsys):
+def test_weights_that_are_not_finite_predict_nothing_with_a_warning(task, neo, tmp_path, capsys):
     bad = tmp_path / "bad"
     bad.mkdir()
     for file in neo.iterdir():

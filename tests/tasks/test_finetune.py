@@ -137,7 +137,7 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(assin, neo, tmp_path, mon
     assert results(tmp_path / "whole") == results(tmp_path / "broken")
 
 
-def test_a_changed_recipe_does_not_go_on_with_another_run(assin, neo, tmp_path, monkeypatch, capsys):
+def test_a_changed_recipe_does_not_continue_with_another_run(assin, neo, tmp_path, monkeypatch, capsys):
     flags = {"train__steps": 8}
     with monkeypatch.context() as patch:
         patch.setattr(gloria.train.run, "stop_reason", lambda: "SIGTERM")  # behind the first step
@@ -210,7 +210,7 @@ def test_a_wrong_recipe_is_reported_in_a_line(changes, line, assin, neo, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_done_is_told_again_but_not_for_another_recipe(assin, neo, tmp_path, capsys):
+def test_a_run_that_is_done_is_reported_again_but_not_for_another_recipe(assin, neo, tmp_path, capsys):
     flags = {"train__steps": 2}
     arguments = command("assin2", neo, assin, tmp_path / "run", **flags)
     assert finetune.main(arguments) == 0

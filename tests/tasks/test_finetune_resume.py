@@ -125,7 +125,7 @@ def test_selective_checkpointing_is_refused_for_a_model_of_transformers(assin, t
     )
 
 
-def test_fp16_counts_the_overflows_of_its_loss_scale_and_goes_on_with_it(assin, neo, tmp_path):
+def test_fp16_counts_the_overflows_of_its_loss_scale_and_continues_with_it(assin, neo, tmp_path):
     flags = {"train__steps": 6, "eval__every": 6, "log__every": 1, "train__precision": "fp16"}
     assert finetune.main(command("assin2", neo, assin, tmp_path / "run", **flags)) == 0
     lines = launch.metrics(tmp_path / "run", "train")
@@ -168,7 +168,7 @@ def test_out_of_memory_is_reported_in_a_line_with_what_to_do(assin, neo, tmp_pat
     assert read_status(tmp_path / "run").status == "failed"
 
 
-def test_a_better_model_than_the_checkpoint_knows_of_is_the_one_that_is_told_of(
+def test_a_better_model_than_the_checkpoint_knows_of_is_the_one_that_is_reported(
     assin, neo, whole, tmp_path, monkeypatch
 ):
     """Killed behind an evaluation and before its checkpoint, `model` is of a later step than the run goes on from."""

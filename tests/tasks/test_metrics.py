@@ -136,7 +136,7 @@ def test_an_empty_gold_word_is_never_right_and_has_no_perplexity() -> None:
     assert (lacking.value, lacking.reason) == (None, "1 of 1 words have no log-likelihood")
 
 
-def test_questions_without_an_answer_are_not_scored_and_that_is_said() -> None:
+def test_questions_without_an_answer_are_not_scored_and_that_is_reported() -> None:
     choices = [Choice("a", "q", ("x", "y"), 0), Choice("b", "q", (), None)]
     found = score(TASKS["exams"], choices, {"a": ChoicePrediction((-1.0, -2.0))})["acc"]
     assert (found.value, found.n, found.reason) == (1.0, 1, "1 of 2 are not labelled and not scored")

@@ -233,7 +233,7 @@ def test_a_step_taken_again_on_another_way_is_another_checkpoint(run, data, trai
     assert [record["step"] for record in scores(run)] == [4, 4, 8, 8, 12, 12, 8, 8]
 
 
-def test_it_waits_for_a_run_to_begin_to_go_on_and_to_end(trained, data, tmp_path, capsys):
+def test_it_waits_for_a_run_to_begin_to_continue_and_to_end(trained, data, tmp_path, capsys):
     run, out = tmp_path / "run", ""
 
     def reported(text: str) -> None:
@@ -299,7 +299,7 @@ def test_a_stop_between_two_records_writes_nothing_of_the_checkpoint(run, data, 
     assert capsys.readouterr().out.endswith(f"{run}: the watch stops as requested; the same command continues it\n")
 
 
-def test_a_signal_ends_the_waiting_and_the_next_watch_goes_on(run, data, monkeypatch, capfd):
+def test_a_signal_ends_the_waiting_and_the_next_watch_continues(run, data, monkeypatch, capfd):
     set_status(run, "stopped")
     monkeypatch.setattr(signals, "_received", [])
     before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}

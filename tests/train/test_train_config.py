@@ -259,7 +259,7 @@ def test_the_plan_says_what_the_recipe_amounts_to(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("folder")
-def test_weights_that_no_choice_can_save_are_told_once() -> None:
+def test_weights_that_no_choice_can_save_are_reported_once() -> None:
     (line, *_) = plan_run(read("--train.steps", "400")).warnings
     assert line.startswith("up to 77.")
     assert line.endswith(

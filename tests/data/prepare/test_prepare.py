@@ -280,7 +280,7 @@ def test_killed_half_way_it_starts_again(tmp_path: Path, tokenizer: str) -> None
 
 
 @pytest.mark.parametrize(("number", "whole_group"), [(signal.SIGTERM, True), (signal.SIGHUP, False)])
-def test_a_stop_signal_leaves_nothing_and_says_so(
+def test_a_stop_signal_leaves_nothing_and_is_reported(
     tmp_path: Path, tokenizer: str, number: signal.Signals, whole_group: bool
 ) -> None:
     process, workers, _ = start_and_wait(tmp_path, tokenizer)
@@ -464,7 +464,7 @@ def test_a_file_that_grows_while_it_is_read_is_an_error(
     assert str(error.value) == f"{path} has changed while it was read; start again when the files are complete"
 
 
-def test_a_corpus_without_a_list_of_its_files_says_so(tmp_path: Path, tokenizer: str, capsys) -> None:
+def test_a_corpus_without_a_list_of_its_files_is_reported(tmp_path: Path, tokenizer: str, capsys) -> None:
     write_lines(tmp_path / "um" / "a.jsonl", make_texts("um", 20))
     recipe, out = write_recipe(tmp_path, ["um"], tokenizer), tmp_path / "out"
     run(recipe, out)

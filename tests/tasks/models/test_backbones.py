@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_told_by_rule(folders, family):
+def test_a_family_is_recognised_by_rule(folders, family):
     loaded = load_model(str(folders[family]))
     assert loaded.backbone.causal == (family not in ENCODERS)
     # DeBERTa's tokenizer makes token types, its model has none.
@@ -181,7 +181,7 @@ def test_a_folder_without_a_tokenizer_is_refused(family, folders, tmp_path):
         load_model(name)
 
 
-def test_what_cannot_be_loaded_is_told_in_a_line(folders, tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_is_reported_in_a_line(folders, tmp_path, monkeypatch):
     def problem(name: object, **options: bool) -> str:
         with pytest.raises(UserError) as caught:
             load_model(str(name), **options)

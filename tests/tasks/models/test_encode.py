@@ -107,7 +107,7 @@ def test_an_answer_that_is_not_in_its_context_is_left_out_and_counted():
     assert len(encode_spans([lost], GPT2, 60, 10, causal=True, training=False).rows) == 1
 
 
-def test_a_question_that_leaves_no_room_is_told():
+def test_a_question_that_leaves_no_room_is_reported():
     span = Span("q7", "onde " * 30, "o gato dorme", (("gato", 2),))
     size = len(GPT2(span.question)["input_ids"])
     with pytest.raises(UserError) as caught:
