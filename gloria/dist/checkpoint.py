@@ -48,6 +48,7 @@ from gloria.dist.manifest import (
 from gloria.dist.retention import remove_checkpoint
 from gloria.dist.state import Shard, first_non_finite
 from gloria.dist.tensor_file import write_tensor_file
+from gloria.dist.transfer import host_buffer
 from gloria.errors import UserError, warn
 from gloria.files import (
     MAX_JSON_BYTES,
@@ -58,6 +59,8 @@ from gloria.files import (
     write_file,
     write_whole,
 )
+
+STAGING_ALIGNMENT = 64  # bytes, of a cache line
 
 
 class NotFinite(Exception):
@@ -207,18 +210,30 @@ def _worst(save: Save) -> int:
 
 def _copy_to_host(shards: dict[str, Shard], staging: dict[str, Tensor]) -> dict[str, Shard]:
     """Copies of the shards in `staging`'s memory (page-locked for CUDA), taken by this call and not later."""
-    copies = {}
+    on_gpu = any(shard.tensor.is_cuda for shard in shards.values())
+    wanted = {name: (shard.tensor.shape, shard.tensor.dtype) for name, shard in shards.items()}
+    if wanted != {name: (kept.shape, kept.dtype) for name, kept in staging.items()}:
+        staging.clear()
+        staging.update(_make_staging(shards, page_locked=on_gpu))
     for name, shard in shards.items():
-        source = shard.tensor
-        kept = staging.get(name)
-        if kept is None or kept.shape != source.shape or kept.dtype != source.dtype:
-            kept = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
-            staging[name] = kept
-        kept.copy_(source, non_blocking=True)
-        copies[name] = replace(shard, tensor=kept)
-    if any(shard.tensor.is_cuda for shard in shards.values()):
+        staging[name].copy_(shard.tensor, non_blocking=True)
+    if on_gpu:
         torch.cuda.synchronize()
-    return copies
+    return {name: replace(shard, tensor=staging[name]) for name, shard in shards.items()}
+
+
+def _make_staging(shards: dict[str, Shard], *, page_locked: bool) -> dict[str, Tensor]:
+    """Room for all shards in one piece of memory."""
+    begins, end = {}, 0
+    for name, shard in shards.items():
+        begins[name] = -(-end // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
+        end = begins[name] + shard.tensor.nbytes
+    memory, staging = host_buffer(end, page_locked=page_locked), {}
+    for name, shard in shards.items():
+        tensor = shard.tensor
+        own = memory[begins[name] : begins[name] + tensor.nbytes]
+        staging[name] = own.view(tensor.dtype).view(tensor.shape)
+    return staging
 
 
 def _write_part(save: Save, shards: dict[str, Shard]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,21 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     there = packed.to(device, non_blocking=True)
     dtypes = {name: torch.from_numpy(np.empty(0, array.dtype)).dtype for name, array in arrays.items()}
     return {name: there[places[name]].view(dtypes[name]).view(array.shape) for name, array in arrays.items()}
+
+
+def host_buffer(size: int, *, page_locked: bool) -> Tensor:
+    """`size` bytes of host memory, (size,) uint8, `page_locked` for a GPU to copy into; no byte more.
+
+    torch's own page-locked memory is rounded up to a power of two, which of 17 GB makes 32. RuntimeError where there is
+    none.
+    """
+    memory = np.empty(size, np.uint8)
+    if page_locked and size:
+        runtime, address = torch.cuda.cudart(), memory.ctypes.data
+        if status := int(runtime.cudaHostRegister(address, size, 1)):  # for all contexts
+            raise RuntimeError(f"{size} bytes of host memory cannot be page-locked (CUDA error {status})")
+        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return torch.from_numpy(memory)
 
 
 @dataclass(frozen=True)

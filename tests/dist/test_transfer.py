@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gloria.dist.transfer import start_copy_to_host, to_device
+from gloria.dist.transfer import host_buffer, start_copy_to_host, to_device
 
 CUDA = torch.device("cuda", 0)
 
@@ -96,3 +96,33 @@ def test_the_host_waits_for_the_values_alone_and_when_it_reads_them(cuda):
 def test_on_cpu_nothing_is_copied():
     values = torch.arange(3.0)
     assert start_copy_to_host(values).read().ctypes.data == values.data_ptr()
+
+
+def test_page_locked_memory_is_what_was_asked_for_and_is_given_back(monkeypatch):
+    calls: list[tuple] = []
+
+    class Runtime:
+        failure = 0
+
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            calls.append(("lock", address, size))
+            return self.failure
+
+        def cudaHostUnregister(self, address: int) -> int:
+            calls.append(("unlock", address))
+            return 0
+
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = host_buffer(100, page_locked=True)
+    part, address = memory[10:20], memory.data_ptr()
+    del memory
+    assert calls == [("lock", address, 100)], "a part of it is in use"
+    del part
+    assert calls[1:] == [("unlock", address)]
+    Runtime.failure = 2
+    with pytest.raises(RuntimeError, match=r"^100 bytes of host memory cannot be page-locked \(CUDA error 2\)$"):
+        host_buffer(100, page_locked=True)
+    calls.clear()
+    assert host_buffer(100, page_locked=False).shape == (100,)
+    assert not calls
