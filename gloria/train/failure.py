@@ -13,6 +13,7 @@ A rank that makes no progress is ended by gloria/dist/watchdog.py.
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,11 @@ from gloria.dist.watchdog import GRACE_SECONDS, PEER_GONE, failed_ranks, leave, 
 from gloria.errors import UserError, warn
 from gloria.train.run import Run
 
+# CUDA and NCCL (cudaMalloc, ncclUnhandledCudaError), cuBLAS, cuDNN, and the host's allocator.
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|Failed to CUDA \w*alloc|CU(BLAS|DNN)_STATUS_\w*ALLOC\w*_FAILED"
+)
+
 
 def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> int:
     """Report what `error` means for the run and end it, by `close` (run, status, reason); the exit status.
@@ -37,10 +43,11 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
     watch.ending.acquire()  # for good: the watch must not end what is ended here
     status, code, step = "failed", 1, run.step
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    peer_gone = is_peer_gone(error)
     if is_out_of_memory(error):
         reason = _out_of_memory(run)
         print(f"error: {reason}", file=sys.stderr)
-    elif is_peer_gone(error):
+    elif peer_gone:
         write_place(watch, PEER_GONE)
         asked, failed = stop_reason(), failed_ranks(watch)
         culprits = failed or slow_ranks(watch, 1.0 if asked else GRACE_SECONDS)
@@ -58,7 +65,7 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
             print(f"error: {problem}", file=sys.stderr)
     else:
         traceback.print_exception(error)
-    if not is_peer_gone(error):
+    if not peer_gone:
         write_place(watch, reason)
     try:
         if watch.world == 1:
@@ -75,12 +82,16 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of the host (which torch tells with a bare RuntimeError)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Of a GPU, or of the host: torch has an exception for its own allocator alone, and tells the others' in words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def is_peer_gone(error: Exception) -> bool:
     """Whether a collective failed for its other end. Gloo raises a bare RuntimeError with the path of its source."""
+    if is_out_of_memory(error):  # of NCCL, here
+        return False
     return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "Connection closed by peer" in str(error)
 
 
@@ -91,6 +102,7 @@ def _out_of_memory(run: Run) -> str:
     length = getattr(train, "sequence_length", 0) or train.max_length  # the latter of a fine-tuning
     smaller = max((size for size in range(1, micro_batch) if share % size == 0), default=0)
     lower = f"set train.micro_batch to {smaller}, " if smaller else ""
+    lower += "dist.reshard to always, " if run.keep_gathered else ""
     return (
         f"out of memory on rank {watch.rank} in {watch.place}, with train.micro_batch {micro_batch} x "
         f"{length} tokens; {lower}train.activation_checkpointing to full, or take more ranks"
