@@ -37,8 +37,16 @@ from gloria.config.cli import to_mapping
 from gloria.dist import interface
 from gloria.dist.agreement import gather
 from gloria.dist.environment import Environment, read_environment
+from gloria.dist.gpus import c_compiler
 from gloria.dist.manifest import saved_steps
-from gloria.dist.process import start_process_group, stop_process_group
+from gloria.dist.process import (
+    OTHER_TORCH,
+    gpu_index,
+    has_own_gpu,
+    start_process_group,
+    stop_process_group,
+    without_code,
+)
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
 from gloria.model.config import count_parameters
@@ -77,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
             "cores": len(os.sched_getaffinity(0)),
             "versions": versions(),
             "gpus": gpus(),
+            "own_gpu": has_own_gpu(environment),
+            "no_code": next(filter(None, map(without_code, range(torch.cuda.device_count()))), ""),
+            "compiler": c_compiler(),
             "interface": interface.in_use(),
             "nccl": os.environ.get("NCCL_SOCKET_IFNAME", ""),
             "faster": interface.faster_than_used(),
@@ -86,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         }
     )
     rows = [_versions_row(facts), _gpu_row(facts), _network_row(facts), _recipe_row(facts)]
+    if config and (any(fact["gpus"] for fact in facts) if config.train.compile == "auto" else config.train.compile):
+        rows.append(_compiler_row(facts))
     rows.append(_clock_row(facts, _clock_offsets()))
     rows.append(_all_reduce_row(environment, facts, plan))
     # With a recipe that is wrong anywhere, no rank goes into what needs it: the others would wait there.
@@ -182,10 +195,22 @@ def _gpu_row(facts: list[Facts]) -> Row:
         return Row(
             "gpus", cards(facts[0]), "use cards of one kind: the slowest, and the smallest memory, sets the pace"
         )
+    if without := next((fact["no_code"] for fact in facts if fact["no_code"]), ""):
+        return Row("gpus", without, OTHER_TORCH)
+    if facts[0]["own_gpu"]:
+        return Row("gpus", f"{cards(facts[0])} for each of {facts[0]['local_world']} ranks of a node")
     if facts[0]["local_world"] > len(facts[0]["gpus"]):
         ranks, count = facts[0]["local_world"], len(facts[0]["gpus"])
         return Row("gpus", f"{cards(facts[0])} for {ranks} ranks a node", f"start {count} ranks a node, one a GPU")
     return Row("gpus", f"{cards(facts[0])} a node, {facts[0]['local_world']} ranks")
+
+
+def _compiler_row(facts: list[Facts]) -> Row:
+    found = by_value(facts, lambda fact: fact["compiler"] or "none")
+    if all(fact["compiler"] for fact in facts):
+        return Row("compiler", found)
+    remedy = "torch.compile needs gcc there: install it, load its module, or set train.compile to false"
+    return Row("compiler", found, remedy)
 
 
 def _network_row(facts: list[Facts]) -> Row:
@@ -241,8 +266,8 @@ def _all_reduce_row(environment: Environment, facts: list[Facts], plan: RunPlan 
     """Time of an all-reduce between all ranks, by NCCL where every rank has a GPU of its own."""
     if environment.world == 1:
         return Row("all-reduce", "one rank: nothing to measure")
-    on_gpu = all(len(fact["gpus"]) >= fact["local_world"] for fact in facts)
-    device = torch.device("cuda", environment.local_rank) if on_gpu else torch.device("cpu")
+    on_gpu = all(fact["own_gpu"] or len(fact["gpus"]) >= fact["local_world"] for fact in facts)
+    device = torch.device("cuda", gpu_index(environment)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     group = dist.new_group(backend="nccl" if on_gpu else "gloo")

@@ -28,6 +28,9 @@ FACT = {
     "cores": 64,
     "versions": {"torch": "2.13.0", "nccl": "2.28.9", "nvidia driver": "550.54.15"},
     "gpus": [CARD] * 4,
+    "own_gpu": False,
+    "no_code": "",
+    "compiler": "/usr/bin/gcc",
     "interface": "ib0 (100 Gbit/s)",
     "nccl": "",
     "faster": "",
@@ -51,6 +54,7 @@ def test_nodes_that_are_alike_have_nothing_wrong():
     facts = two_nodes()
     assert doctor._versions_row(facts) == Row("versions", "nccl 2.28.9, nvidia driver 550.54.15, torch 2.13.0")
     assert doctor._gpu_row(facts) == Row("gpus", f"4 x {CARD} a node, 4 ranks")
+    assert doctor._compiler_row(facts) == Row("compiler", "/usr/bin/gcc")
     assert doctor._network_row(facts) == Row("network", "gloo by ib0 (100 Gbit/s); NCCL by its own choice")
     assert doctor._recipe_row(facts) == Row("recipe", "the same on all ranks, and nothing wrong with it")
     assert doctor._clock_row(facts, [0.0, -0.4]) == Row("clocks", "within 0.400 s of each other")
@@ -70,6 +74,18 @@ def test_nodes_that_are_alike_have_nothing_wrong():
             {"versions": {"torch": "2.11.0", "nccl": "2.28.9"}},
             "nvidia driver 550.54.15 on gpu01; none on gpu02 | torch 2.13.0 on gpu01; 2.11.0 on gpu02",
             "use one environment on all nodes (a shared folder, or one image)",
+        ),
+        (
+            doctor._compiler_row,
+            {"compiler": ""},
+            "/usr/bin/gcc on gpu01; none on gpu02",
+            "torch.compile needs gcc there: install it, load its module, or set train.compile to false",
+        ),
+        (
+            doctor._gpu_row,
+            {"no_code": "Tesla V100 is sm_70, and torch 2.13.0 has code for sm_75"},
+            "Tesla V100 is sm_70, and torch 2.13.0 has code for sm_75",
+            "install a torch with code for it (before sm_75, as V100: one built for CUDA 12.6)",
         ),
         (
             doctor._gpu_row,
@@ -186,3 +202,9 @@ def test_ranks_that_do_not_meet_are_one_line(monkeypatch):
     assert line.startswith("rank 1 on ")
     assert "the 2 ranks do not find each other at 127.0.0.1:1 within 0.02 min (" in line
     assert json.dumps(line).count("\\n") == 0
+
+
+def test_a_gpu_of_its_own_for_each_rank_is_right():
+    facts = two_nodes(own_gpu=True, gpus=[CARD])
+    facts[0] |= {"own_gpu": True, "gpus": [CARD]}
+    assert doctor._gpu_row(facts) == Row("gpus", f"1 x {CARD} for each of 4 ranks of a node")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gloria.config.cli import option, suggest
@@ -100,6 +102,28 @@ def precision_on(precision: str, card: GPU | None) -> tuple[str, str]:
     if card is None:
         return resolve_precision(precision, None)
     return resolve_precision(precision, card.name, has_bf16=bool(card.bf16 or not card.fp16))
+
+
+def has_code_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether a torch that is `built_for` such architectures as sm_80 (its code) and compute_90 (compiled when it is
+    loaded) runs on a card: code runs on later cards of the same generation, compute_ on all later ones.
+    """
+    major, minor = capability
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        digits = re.match(r"\d+", number)
+        if not digits:
+            continue
+        built = divmod(int(digits[0]), 10)
+        if (kind == "sm" and built[0] == major and built[1] <= minor) or (kind == "compute" and built <= capability):
+            return True
+    return False
+
+
+def c_compiler() -> str:
+    """The C compiler that torch.compile would use on this node, or ""."""
+    names = filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))
+    return next((found for name in names if (found := shutil.which(name))), "")
 
 
 def card_of_cuda_name(cuda_name: str) -> GPU | None:

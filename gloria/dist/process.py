@@ -16,10 +16,14 @@ import torch
 import torch.distributed as dist
 
 from gloria.dist.environment import Environment, check_rendezvous, omp_threads_are_torchruns, read_environment
+from gloria.dist.gpus import has_code_for
 from gloria.errors import UserError
 from gloria.files import os_errors
 
 QUIET_SECONDS = 20.0  # of waiting for the other ranks, before a line says so
+
+
+OTHER_TORCH = "install a torch with code for it (before sm_75, as V100: one built for CUDA 12.6)"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def start_process_group(device: str, timeout_minutes: float) -> Process:
     check_rendezvous(environment)
     kind = choose_device(device, environment)
     if kind == "cuda":
-        target = torch.device("cuda", environment.local_rank)
+        target = torch.device("cuda", gpu_index(environment))
+        check_card(target.index)
         torch.cuda.set_device(target)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -107,12 +112,40 @@ def choose_device(device: str, environment: Environment) -> str:
         raise UserError("run.device: cuda is asked for and torch sees no GPU; use --run.device cpu or auto")
     if device == "cpu" or not available:
         return "cpu"
-    if environment.local_world > torch.cuda.device_count():
+    if environment.local_world > torch.cuda.device_count() and not has_own_gpu(environment):
         raise UserError(
             f"run.device: {environment.local_world} ranks on a node with {torch.cuda.device_count()} GPUs; "
             "start one rank a GPU (torchrun --nproc_per_node)"
         )
     return "cuda"
+
+
+def has_own_gpu(environment: Environment) -> bool:
+    """Whether Slurm shows each rank of this node one GPU, its own (`--gpus-per-task 1`, `--gpu-bind`)."""
+    own = "SLURM_GPUS_PER_TASK" in os.environ or "SLURM_GPU_BIND" in os.environ or "SLURM_TRES_PER_TASK" in os.environ
+    return environment.launcher == "srun" and own and torch.cuda.device_count() == 1
+
+
+def gpu_index(environment: Environment) -> int:
+    """Which of the GPUs that it sees is this rank's."""
+    return 0 if has_own_gpu(environment) else environment.local_rank
+
+
+def without_code(device: int) -> str:
+    """The GPU and what this torch is built for instead of it, or ""."""
+    (major, minor), built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if has_code_for((major, minor), built_for):
+        return ""
+    return (
+        f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, and torch {torch.__version__} has code for "
+        f"{' '.join(built_for)}"
+    )
+
+
+def check_card(device: int) -> None:
+    """A `UserError` where torch has no code for the card: its own error would come with the first kernel."""
+    if problem := without_code(device):
+        raise UserError(f"run.device: {problem}; {OTHER_TORCH}, or use --run.device cpu")
 
 
 def set_cpu_threads(environment: Environment) -> str:
