@@ -25,7 +25,7 @@ from gloria.data.refine.presets import find_preset
 from gloria.errors import UserError
 from gloria.files import read_json_object
 
-VERSION = 1  # of what cleaning does: another one makes all shards again
+VERSION = 2  # of what cleaning does: another one makes all shards again
 SHARD_BYTES = 64 << 20  # text of a shard, about
 MANIFEST = "manifest.json"
 AGAIN = "run python -m gloria.refine"

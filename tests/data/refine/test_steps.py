@@ -23,7 +23,7 @@ from gloria.data.refine import steps as ours  # noqa: E402
 from gloria.data.refine.bloom import BloomRules, character_repetition, cut_long_words, word_repetition  # noqa: E402
 from gloria.data.refine.config import DecontaminateConfig, DedupConfig, Limits, PiiConfig  # noqa: E402
 from gloria.data.refine.decontaminate import contamination_filter, make_index  # noqa: E402
-from gloria.data.refine.dedup import minhash_config  # noqa: E402
+from gloria.data.refine.dedup import minhash_config, signature_step  # noqa: E402
 from gloria.data.refine.kinds import KINDS  # noqa: E402
 from gloria.data.refine.presets import PRESETS  # noqa: E402
 from gloria.data.refine.private import is_iban, is_nif, replace_private  # noqa: E402
@@ -216,6 +216,10 @@ def test_rehydration_keeps_the_first_of_a_cluster(tmp_path: Path) -> None:
     assert [row["notes"].get("near_duplicates") for row in cleaned.rows("um")] == [6, 6, 6, None]
     library = MinhashDedupSignature(str(tmp_path / "sig"), minhash_config(DedupConfig()), "por")
     assert (library.num_hashes, library.config.n_grams) == (112, 5)
+    own = signature_step(str(tmp_path / "sig"), DedupConfig())
+    for text in sample_texts("enciclopedia"):
+        shingles = own.get_shingles(text)
+        assert own.get_signature(shingles) == library.get_signature(library.get_shingles(text))
 
 
 def test_varieties_are_told_apart_by_spelling_and_grammar_not_by_names(tmp_path: Path) -> None:
