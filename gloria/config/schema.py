@@ -23,6 +23,7 @@ _BAD = object()  # a value whose problem is reported: its field falls back to th
 _EXAMPLES = {int: "1000", float: "0.1", bool: "true", str: '"text"', Path: '"folder"'}
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
 _LARGEST_INT = 2**63 - 1  # what numpy, torch and safetensors hold; an option may say otherwise
+_KEYS: dict[type, Mapping[str, tuple[dataclasses.Field, Any]]] = {}  # of `keys`: manifests repeat a section
 _SHOWN = 80  # characters of a wrong value in an error line
 
 
@@ -136,11 +137,13 @@ def flag_name(key: str) -> str:
     return f"--{key if '.' in key else key.replace('_', '-')}"
 
 
-def keys(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+def keys(cls: type) -> Mapping[str, tuple[dataclasses.Field, Any]]:
     """Key -> (field, type) of a section; the field of `from`, a word that Python reserves, is `from_`."""
-    hints = typing.get_type_hints(cls)
-    items = [item for item in dataclasses.fields(cls) if "no_key" not in item.metadata]
-    return {item.name.removesuffix("_"): (item, hints[item.name]) for item in items}
+    if cls not in _KEYS:
+        hints = typing.get_type_hints(cls)
+        items = [item for item in dataclasses.fields(cls) if "no_key" not in item.metadata]
+        _KEYS[cls] = {item.name.removesuffix("_"): (item, hints[item.name]) for item in items}
+    return _KEYS[cls]
 
 
 def leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
