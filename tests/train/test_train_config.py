@@ -15,7 +15,7 @@ from gloria.data.shards import write_split
 from gloria.data.tokenizer import tokenizer_fingerprint
 from gloria.errors import UserError, run_command
 from gloria.train.config import DEMO, PretrainConfig, plan_run, read_pretrain_config
-from gloria.train.summary import describe
+from gloria.train.summary import describe, gathered_here
 
 RECIPE = """
 [run]
@@ -245,7 +245,7 @@ def test_the_plan_says_what_the_recipe_amounts_to(monkeypatch: pytest.MonkeyPatc
         'source "europarl": 7.7 epochs (above 4 they teach little); set data.weights.europarl to 0.1112 to avoid it',
         'source "oscar" has no validation: its 10 held-out tokens hold no window of 32 + 1',
     )
-    text = describe(config, plan, "fp16", "T4 has no bf16", True)
+    text = describe(config, plan, "fp16", "T4 has no bf16", True, gathered_here(config, plan, "fp16"))
     for line in (
         "precision   fp16: T4 has no bf16",
         "step        24 windows x 32 = 768 tokens (2 ranks x 3 passes x micro-batch 4)",
