@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     use_cudnn_attention(False)
     try:
         require_same(process, {f"--{key}": value for key, value in vars(options).items()})
+        options = evaluation.with_precision(options, process.device)
         report_data(options, process)
         if options.watch:
             status = watch_run(options.watch, options, process)
@@ -186,7 +187,9 @@ def _contradictions(options: EvaluateOptions) -> Problems:
 
 
 def report_data(options: EvaluateOptions, process: Process) -> None:
-    """Print which data are used where none are named, and what they are good for."""
+    """Print the precision, and which data are used where none are named, and what they are good for."""
+    if process.is_main:
+        print(f"precision  {options.precision} on {process.device.type}", flush=True)
     given = (options.data or "").split(",") * len(options.requests)
     for (task, _), named in zip(options.requests, given):
         if not named and process.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from gloria.config.cli import option
 from gloria.dist.checkpoint_read import read_trainer
-from gloria.dist.process import Process
+from gloria.dist.process import Process, on_any_rank
 from gloria.errors import UserError
 from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example, Prediction
@@ -68,7 +69,11 @@ class EvaluateOptions:
     length: int | None = option(None, "tokens of a window of text; default: all that the model sees", minimum=1)
     stride: int | None = option(None, "tokens that a window of text scores; default: half of its length", minimum=1)
     batch: int = option(16, "rows at a time", minimum=1)
-    precision: str = option("fp32", "of the weights", choices=("fp32", "bf16"))
+    precision: str = option(
+        "auto",
+        "of the weights: auto is bf16 on a GPU that has it, about ten times as fast there, and fp32 elsewhere",
+        choices=("auto", "fp32", "bf16"),
+    )
     device: str = option("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     compare: tuple[Path, Path] | None = option(None, "A B: runs, evaluations or predictions.jsonl")
 
@@ -102,6 +107,14 @@ class EvaluateOptions:
         given |= {"split": self.split, "precision": self.precision}
         without = {"method": LIKELIHOOD, "seed": 0, "precision": "fp32"}
         return {flag: value for flag, value in given.items() if value != without.get(flag)}
+
+
+def with_precision(options: EvaluateOptions, device: torch.device) -> EvaluateOptions:
+    """The options with `auto` for what it is on the device; every rank calls this, and gets the same answer."""
+    if options.precision != "auto":
+        return options
+    has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(options, precision="fp32" if on_any_rank(not has) else "bf16")
 
 
 @dataclass(frozen=True)

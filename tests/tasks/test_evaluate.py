@@ -19,6 +19,7 @@ import gloria.evaluate as evaluate
 import gloria.finetune as finetune
 from gloria.dist.process import Process
 from gloria.errors import UserError
+from gloria.tasks import evaluation
 from gloria.tasks.catalog import find_task
 from gloria.tasks.models.loglikelihood import windows
 from gloria.tasks.samples import sample_folder
@@ -274,3 +275,20 @@ def test_without_data_the_sample_is_scored_and_called_one(task, count, neo, tmp_
         "scores mean nothing"
     )
     assert records(out)[0]["n"] == sizes["test"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "has_bf16", "found"),
+    [
+        ("auto", "cpu", True, "fp32"),
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp32"),
+        ("fp32", "cuda", True, "fp32"),
+        ("bf16", "cpu", False, "bf16"),
+    ],
+)
+def test_weights_are_bf16_on_a_gpu_that_has_it(monkeypatch, asked: str, device: str, has_bf16: bool, found: str):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(evaluation, "on_any_rank", bool)  # one rank
+    options = evaluation.EvaluateOptions(task="calame", precision=asked)
+    assert evaluation.with_precision(options, torch.device(device)).precision == found
