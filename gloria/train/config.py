@@ -93,6 +93,9 @@ class TrainConfig(StepSection, LengthSection):  # the fields of the last base co
         "bench/attention.py measures the others",
         choices=("auto", "varlen", "flex", "sdpa"),
     )
+    fp8: bool = option(
+        False, "float8 matrix products in the blocks (torchao, one scale a tensor), on GPUs from sm_89; extra: fp8"
+    )
     z_loss: float = option(
         0.0,
         "adds so many times log(Z)^2 a token to what is minimised, Z the softmax's denominator, against logits that "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +17,10 @@ from gloria.data.corpus import Corpus
 from gloria.data.loader import Loader, document_bounds, validation_windows
 from gloria.data.mixture import Mixture
 from gloria.data.stream import TokenStream
+from gloria.dist.agreement import on_all_ranks
 from gloria.dist.checkpoint_read import open_reader
-from gloria.dist.environment import read_environment
-from gloria.dist.gpus import card_of_cuda_name, usable_memory
 from gloria.dist.manifest import checkpoint_path
-from gloria.dist.process import Process, on_any_rank, rank0_decides
+from gloria.dist.process import Process, rank0_decides
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
 from gloria.dist.signals import ASKED
@@ -30,15 +29,16 @@ from gloria.dist.transfer import to_device
 from gloria.errors import warn
 from gloria.files import to_json, write_whole
 from gloria.model.config import TransformerConfig
+from gloria.model.float8 import check_float8, to_float8
 from gloria.model.huggingface import read_tensors
 from gloria.model.kernels import choose_kernel, use_cudnn_attention
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import build_optimizer
 from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located
-from gloria.train.forecast import Gathered, Network, advice, keep_gathered
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter, peak_flops
 from gloria.train.metrics import perplexity
+from gloria.train.on_gpus import advice_on, gathered_on
 from gloria.train.resume import changes_since, read_run_state
 from gloria.train.run import (
     TAKEN_OVER,
@@ -214,10 +214,12 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         mesh = build_mesh(process, config.dist.replicas)
         resume_step = lock_and_choose(config, process, folder, watch, config.data.skip_samples)
         open_rank_log(folder, process.rank, process.world)
-        gathered = _keep_gathered(config, plan, process, precision)
+        gathered = gathered_on(config, plan, process, precision)
         compiled = compiles_blocks(config, process)
         use_cudnn_attention(True)  # windows all have one length
         with located(config):
+            if config.train.fp8:
+                on_all_ranks(process, lambda: check_float8(plan.shape, process.device, precision))
             kernel, attention = choose_kernel(
                 config.train.attention,
                 plan.shape,
@@ -237,6 +239,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             keep_gathered=gathered.keep,
             kernel=kernel,
             z_loss=config.train.z_loss,
+            float8=config.train.fp8,
         )
         card = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else ""
         objective = Pretraining(
@@ -278,7 +281,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             print(f"{'attention':<11} {attention}", flush=True)
             on_gpu = process.device.type == "cuda"
             print(describe(config, plan, precision, why, on_gpu, gathered), flush=True)
-            for warning in (*plan.warnings, *_advice(config, plan, process, precision, gathered)):
+            for warning in (*plan.warnings, *advice_on(config, plan, process, precision, gathered)):
                 warn(warning)
         begin_log(run, changes)
     return run
@@ -288,29 +291,6 @@ def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: P
     # Its thread starts with the first batch, when the mixture stands where the checkpoint has it.
     streams = {entry.name: corpus.stream(entry.name) for entry in corpus.manifest.sources if entry.train.tokens}
     return Loader(streams, mixture, rank=process.rank, world=process.world, prefetch=config.data.prefetch)
-
-
-def _keep_gathered(config: PretrainConfig, plan: RunPlan, process: Process, precision: str) -> Gathered:
-    """What `dist.reshard` means here; the same on all ranks, for a gather is a collective."""
-    usable = _usable_memory(process)
-    found = keep_gathered(config, plan.shape, plan.world, precision=precision, usable=usable)
-    return Gathered(not on_any_rank(not found.keep), found.why)
-
-
-def _usable_memory(process: Process) -> float | None:
-    if process.device.type != "cuda":
-        return None
-    return usable_memory(torch.cuda.get_device_properties(process.device).total_memory)
-
-
-def _advice(
-    config: PretrainConfig, plan: RunPlan, process: Process, precision: str, gathered: Gathered
-) -> Iterator[str]:
-    """On GPUs, what would make the steps of this run faster."""
-    if (usable := _usable_memory(process)) is not None:
-        card = card_of_cuda_name(torch.cuda.get_device_name(process.device))
-        network = Network(card and card.link, node=read_environment().local_world)
-        yield from advice(config, plan.shape, plan.world, card, network, precision, kept=gathered.keep, usable=usable)
 
 
 def shard_model(
@@ -324,15 +304,19 @@ def shard_model(
     keep_gathered: bool = False,
     kernel: str = "sdpa",
     z_loss: float = 0.0,
+    float8: bool = False,
 ) -> Transformer:
     """A Transformer whose parameters live in shards on `mesh`; their values are not set yet (`fill_parameters`).
 
-    Order: checkpointing is a call inside `Block.forward`, then `block.compile()` in place (`torch.compile(block)`
-    would put `_orig_mod.` in the parameter names), then `fully_shard(block)`, then the root, whose group holds the
-    tied embedding whole while the loss is computed inside the root's forward.
+    Order: float8 puts other layers into the blocks, under the same names; checkpointing is a call inside
+    `Block.forward`, then `block.compile()` in place (`torch.compile(block)` would put `_orig_mod.` in the parameter
+    names), then `fully_shard(block)`, then the root, whose group holds the tied embedding whole while the loss is
+    computed inside the root's forward.
     """
     with torch.device("meta"):
         model = Transformer(shape, activation_checkpointing=activation_checkpointing, kernel=kernel, z_loss=z_loss)
+    if float8:
+        to_float8(model.transformer.h)
     if compile_blocks:
         model.token_losses = torch.compile(model.token_losses)
         for block in model.transformer.h:
