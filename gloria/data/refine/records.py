@@ -34,16 +34,16 @@ class Record:
         self.malformed: list[list[Any]] = []  # [number of the piece, documents, [line, problem], ...]
         self.steps: dict[str, dict[str, Any]] = {}
         self.histograms: dict[str, Counter[str]] = defaultdict(Counter)  # length, language, variety, cluster
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)  # of processor time, by step
 
     def step(self, name: str) -> dict[str, Any]:
         return self.steps.setdefault(name, _part())
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += time.process_time() - start
 
     def drop(self, step: str, rule: str, id: str, text: str) -> None:
         """Count a document that `rule` drops, and keep it as an example if it is among the five of the least hash."""
