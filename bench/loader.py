@@ -11,7 +11,9 @@ object a line.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gloria.config.cli import argument_parser
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from gloria.data.loader import Loader
 from gloria.data.mixture import new_mixture
 from gloria.data.stages import plan_period
@@ -35,7 +38,7 @@ STEPS = 8192  # of the bare gather's list of windows
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
-    parser = argument_parser("python bench/loader.py", "loader tokens/s against the bare gather; cost of a plan")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of both measurements, in turn")
     options = parser.parse_args(argv)
