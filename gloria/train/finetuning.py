@@ -171,12 +171,14 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
         finetuned, encoded, cut = on_all_ranks(process, lambda: _prepare(plan, seed))
         fingerprint = _fingerprint(encoded.rows, plan.selection)
         require_same(process, {f"{plan.folder}: rows": fingerprint})
+        keep = config.dist.reshard == "never"  # auto is always: there is no forecast of other people's models
         model = shard_task_model(  # which moves a layer to the device at a time, so that it never holds them all whole
             finetuned.model,
             mesh,
             precision,
             activation_checkpointing=train.activation_checkpointing,
             compile_blocks=compiles_blocks(config, process),
+            keep_gathered=keep,
         ).train()
         epoch = steps_of_epoch(encoded.rows, train.global_batch)
         total_steps = train.steps or math.ceil(train.epochs * epoch)
@@ -195,6 +197,7 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
             total_steps=total_steps,
             meter=Meter(Finetuning.groups),
             watch=watch,
+            keep_gathered=keep,
             evaluated_step=0,  # there is nothing to choose before the first step
         )
         changes = _load(run, checkpoint_path(folder, resume_step)) if resume_step else []

@@ -97,9 +97,9 @@ def test_killed_between_and_during_checkpoints_it_ends_where_an_undisturbed_run_
     [
         {"train__activation_checkpointing": "full"},
         {"train__activation_checkpointing": "selective"},
-        {"checkpoint__asynchronous": "false"},
+        {"checkpoint__asynchronous": "false", "dist__reshard": "never"},
     ],
-    ids=["full", "selective", "synchronous"],
+    ids=["full", "selective", "synchronous, weights kept"],
 )
 def test_what_saves_memory_or_waits_for_the_disk_changes_no_bit(change, assin, neo, whole, tmp_path):
     assert finetune.main(command("assin2", neo, assin, tmp_path / "run", **FLAGS, **change)) == 0

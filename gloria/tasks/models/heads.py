@@ -84,6 +84,7 @@ def shard_task_model(
     *,
     activation_checkpointing: str = "none",
     compile_blocks: bool = False,
+    keep_gathered: bool = False,
 ) -> TaskModel:
     """Spread a whole model over the ranks: each of its layers, and the rest with the root.
 
@@ -93,7 +94,7 @@ def shard_task_model(
     if compile_blocks:
         for block in model.backbone.blocks():
             block.compile(dynamic=True)  # a batch is as long as its longest row
-    shard(model, model.backbone.blocks(), mesh, precision)
+    shard(model, model.backbone.blocks(), mesh, precision, keep_gathered=keep_gathered)
     return model
 
 
