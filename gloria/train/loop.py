@@ -211,7 +211,7 @@ def count_skips(run: Run, pending: PendingStep, sums: StepSums) -> None:
 
 
 def report_step(run: Run, pending: PendingStep, sums: StepSums) -> None:
-    """A line of the log: what the steps since the last one were like.."""
+    """A line of the log: what the steps since the last one were like."""
     means, losses = run.meter.read()
     overflows = means.pop("overflows")
     values = {"loss": means.pop("loss"), "lr": pending.lr, "grad_norm": means.pop("grad_norm"), "tokens": run.tokens}
