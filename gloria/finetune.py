@@ -12,7 +12,9 @@ and on CPU to the same bits. The test set is checked before the first step, and 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gloria.dist.signals import install_stop_handlers, stop_reason
 from gloria.errors import UserError, run_command
@@ -46,7 +48,7 @@ def check(argv: list[str] | None) -> tuple[FinetuneConfig, Task, Path, list[Exam
 if __name__ == "__main__":
     # Before torch is imported (seconds): a stop signal is kept from here on, and recipe errors are reported at once.
     install_stop_handlers()
-    checked = []
+    checked: list[tuple[Any, ...]] = []
     if status := run_command(lambda argv: checked.append(check(argv)), sys.argv[1:], stop_reason):
         raise SystemExit(status)
 
@@ -60,7 +62,7 @@ from gloria.train.loop import train
 from gloria.train.run import require_same_recipe
 
 
-def main(argv: list[str] | None = None, checked: tuple | None = None) -> int:
+def main(argv: list[str] | None = None, checked: tuple[Any, ...] | None = None) -> int:
     """Fine-tune with each seed; several give a mean and a deviation. `checked`: what `check` returned before."""
     plan = Plan(*(checked or check(argv)))
     config = plan.config
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None, checked: tuple | None = None) -> int:
         if process.is_main and config.data is None:
             print(describe_sample(plan.task), flush=True)
         for seed in seeds:
-            if rank0_decides(process, lambda seed=seed: is_done(own[seed], config, seed)):
+            if rank0_decides(process, partial(is_done, own[seed], config, seed)):
                 if process.is_main:
                     print(f"{own[seed]}: done before", flush=True)
                 continue

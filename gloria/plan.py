@@ -88,8 +88,7 @@ class Job:
     @property
     def micro_batch(self) -> int:
         """Windows a rank works on at once."""
-        assert self.config.train.micro_batch is not None  # filled in by read_pretrain_config
-        return self.config.train.micro_batch
+        return self.config.train.filled_micro_batch
 
     @property
     def step_tokens(self) -> int:

@@ -21,7 +21,7 @@ from gloria.train.summary import describe, gathered_here, precision_here
 
 def check(argv: list[str] | None) -> tuple[PretrainConfig, RunPlan]:
     """The recipe and what it amounts to, or a UserError with everything that is wrong with it."""
-    config = read_pretrain_config(argv)
+    config: PretrainConfig = read_pretrain_config(argv)
     prepare_demo_corpus(config)
     return config, plan_run(config)
 
@@ -29,7 +29,7 @@ def check(argv: list[str] | None) -> tuple[PretrainConfig, RunPlan]:
 if __name__ == "__main__":
     # Before torch is imported (seconds): a stop signal is kept from here on, and recipe errors are reported at once.
     install_stop_handlers()
-    checked = []
+    checked: list[tuple[PretrainConfig, RunPlan]] = []
     if status := run_command(lambda argv: checked.append(check(argv)), sys.argv[1:], stop_reason):
         raise SystemExit(status)
 

@@ -53,7 +53,8 @@ def attend(
         rows = torch.arange(len(query), device=query.device)[:, None]
         cache[0, rows, :, positions], cache[1, rows, :, positions] = key, value
         mask = masks.local if window else masks.whole
-        return _attention(query, *cache.transpose(2, 3), mask, scale, dropout).flatten(2)
+        keys, values = cache.transpose(2, 3)  # (batch, capacity, heads, head_dim) each
+        return _attention(query, keys, values, mask, scale, dropout).flatten(2)
     if cache is not None:
         cache[:, :, :, : key.shape[1]] = torch.stack((key, value)).transpose(2, 3)
     local = 0 < window < query.shape[1]
@@ -63,6 +64,7 @@ def attend(
     elif mask is not None and mask.dtype == torch.int32:
         output = _varlen_attention(query, key, value, mask, window, scale)
     elif local:
+        assert mask is not None
         output = _local_attention(query, key, value, mask, window, scale, dropout)
     else:
         output = _attention(query, key, value, mask, scale, dropout)
@@ -119,8 +121,11 @@ def _varlen_attention(
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
 
     batch, length = query.shape[:2]
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (batch * seq, heads, head_dim)
     output = varlen_attn(
-        *(x.flatten(0, 1) for x in (query, key, value)),  # (batch * seq, heads, head_dim)
+        query,
+        key,
+        value,
         bounds,
         bounds,
         length,  # no sequence is longer, and a bound that never changes compiles once
@@ -128,6 +133,7 @@ def _varlen_attention(
         scale=scale,
         window_size=(window - 1, 0),  # -1: no bound on the left
     )
+    assert isinstance(output, Tensor)
     return output.unflatten(0, (batch, length))
 
 
@@ -135,8 +141,9 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale:
     """(batch, seq, heads, head_dim) each, and so the output."""
     from torch.nn.attention.flex_attention import flex_attention  # imports the compiler
 
-    heads = (x.transpose(1, 2) for x in (query, key, value))
-    return flex_attention(*heads, block_mask=mask, scale=scale).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, seq, head_dim)
+    output: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale)
+    return output.transpose(1, 2)
 
 
 def attention_masks(
@@ -156,13 +163,13 @@ def attention_masks(
     none. Made once a forward, in the dtype of the queries, and shared by all layers: a boolean mask would be converted,
     and kept for backward, in every one of them.
     """
-    has_bounds = documents is not None and documents.dim() == 1
-    if kernel == "varlen" and (documents is None or has_bounds):
+    bounds = documents if documents is not None and documents.dim() == 1 else None
+    if kernel == "varlen" and (documents is None or bounds is not None):
         rows = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         return Masks(documents, rows if documents is None else documents)
-    if has_bounds:
+    if bounds is not None:
         places = torch.arange(batch * length, dtype=torch.int32, device=device)
-        documents = torch.searchsorted(documents, places, right=True).view(batch, length)
+        documents = torch.searchsorted(bounds, places, right=True).view(batch, length)
     if kernel == "flex":
         whole = None if documents is None else _block_mask(length, 0, device, documents)
         return Masks(whole, _block_mask(length, window, device, documents) if 0 < window < length else None)

@@ -63,7 +63,7 @@ class TransformerConfig:
 
 def _preset(architecture: str, num_layers: int, hidden_size: int, num_heads: int) -> TransformerConfig:
     defaults = {name: default for name, (_, default) in FAMILIES[architecture].sizes.items()}
-    given = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads}
+    given: dict[str, Any] = {"num_layers": num_layers, "hidden_size": hidden_size, "num_heads": num_heads}
     given |= {"intermediate_size": 4 * hidden_size, "attention_layers": by_turns(architecture, num_layers)}
     return TransformerConfig(architecture, **{"window_size": 0, **defaults, **given})
 
@@ -138,7 +138,7 @@ def resolve_shape(config: ModelSection, *, vocab_size: int, sequence_length: int
             "model: neither preset nor from is given; set model.preset to a shape (gpt-neo-125m) or "
             "model.from to a Hugging Face folder"
         )
-    if folder is None and preset not in PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise UserError(f'model.preset: unknown preset "{preset}"; {suggest(preset, PRESETS)}')
     given = {name: value for name in _SIZES if (value := getattr(config, name)) is not None}
     problems = []
@@ -155,6 +155,7 @@ def resolve_shape(config: ModelSection, *, vocab_size: int, sequence_length: int
         )
         short = f"the {shape.max_positions} positions of {folder}; shorten it"
     else:
+        assert preset is not None
         shape = PRESETS[preset]
         sizes = {"vocab_size": vocab_size, "dropout": config.dropout, **given}
         sizes.setdefault("intermediate_size", 4 * sizes.get("hidden_size", shape.hidden_size))
@@ -199,7 +200,8 @@ def parameter_shapes(shape: TransformerConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(shape.num_layers):
         block = f"transformer.h.{layer}"
         sizes[f"{block}.ln_1.weight"] = sizes[f"{block}.ln_1.bias"] = (hidden,)
-        fused, width = ("c_attn",), 3 * hidden
+        fused: tuple[str, ...] = ("c_attn",)
+        width = 3 * hidden
         if not shape.family.fused_qkv:
             fused, width = tuple(f"attention.{name}_proj" for name in "kvq"), hidden
         for projection in fused:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class ForeignCache:
         """Go on with these rows alone, (n,) numbers, in their order; one may be named several times."""
         self.ids, self.mask = self.ids[rows], self.mask[rows]
         if self.past is not None:
-            self.past.reorder_cache(rows)
+            self.past.reorder_cache(rows)  # type: ignore[arg-type]  # typed as the LongTensor of old, which no call makes
 
 
 def begin(
@@ -103,7 +104,8 @@ def _new_cache(model: nn.Module) -> DynamicCache | None:
     """An empty cache for a model of transformers, where it takes one whose layers all keep keys and values."""
     if not _cache_name(model):
         return None
-    cache = DynamicCache(config=model.config)
+    config: Any = model.config
+    cache = DynamicCache(config=config)
     try:
         cache.get_seq_length()
     except ValueError:  # state-space layers: they have no such length

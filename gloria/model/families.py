@@ -137,10 +137,10 @@ def fields_of_config(folder: str | Path) -> dict[str, Any]:
             problems.append(f"{key} must be a whole number from 1 to {most}, not {_shown(value)}; correct it")
             value = 1
         fields[name] = value
-    for name, (key, default) in _NUMBERS.items():
-        fields[name] = value = values.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            problems.append(f"{key} must be a positive number, not {_shown(value)}; correct it")
+    for name, (key, usual) in _NUMBERS.items():
+        fields[name] = number = values.get(key, usual)
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            problems.append(f"{key} must be a positive number, not {_shown(number)}; correct it")
     for key in _TOKEN_IDS:
         value = values.get(key)
         if value is not None and not (type(value) is int and 0 <= value < fields["vocab_size"]):

@@ -215,7 +215,7 @@ def _write_weights(
     if len(parts) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(parts):
         file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         (folder / f"part-{number}").rename(folder / file)
@@ -254,7 +254,7 @@ def _limit_length(path: Path, positions: int) -> None:
     """A tokenizer that knows no limit would let transformers' pipelines go beyond the model's positions."""
     values = read_json_object(path, "save the tokenizer again") if path.exists() else {}
     limit = values.get("model_max_length")
-    values["model_max_length"] = min(limit, positions) if type(limit) in (int, float) else positions
+    values["model_max_length"] = min(limit, positions) if isinstance(limit, int | float) else positions
     _write_json(path, values)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
 import torch
 
@@ -73,12 +74,12 @@ def _obstacle(kernel: str, shape: TransformerConfig, device: torch.device, preci
     return ""
 
 
-def kept_operations(kernel: str) -> list:
+def kept_operations(kernel: str) -> list[Any]:
     """What selective checkpointing keeps: the operations whose outputs are expensive to compute.
 
     The rest (norms, GELU, dropout) is cheap to compute again and most of the memory.
     """
-    kept = [
+    kept: list[Any] = [
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,

@@ -116,9 +116,9 @@ class _Loss(torch.autograd.Function):
             losses[chunk], objectives[chunk], gradient = token_losses(
                 F.linear(tokens[chunk], weight), targets[chunk].clone(), vocab_size, z_loss, of_hidden or of_weight
             )
-            if hidden_gradient is not None:
+            if hidden_gradient is not None and gradient is not None:
                 _product(gradient, weight, out=hidden_gradient[chunk])
-            if of_weight:
+            if of_weight and gradient is not None:
                 weight_gradient = _add_product(weight_gradient, gradient.T, tokens[chunk])
             del gradient  # the next chunk's logits take its place
         ctx.gradients = hidden_gradient, weight_gradient

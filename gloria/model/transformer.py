@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         """(batch, seq, hidden) -> (batch, seq, hidden); `cache` and `positions` as in `attend`."""
         if self.fused:
             query, key, value = self.c_attn(hidden).chunk(3, dim=-1)
-            output = self.c_proj
+            output: nn.Module = self.c_proj
         else:
             query, key, value = (self.attention[f"{name}_proj"](hidden) for name in "qkv")
             output = self.attention["out_proj"]
@@ -77,7 +78,7 @@ class Block(nn.Module):
     wrap it without changing a parameter's name.
     """
 
-    def __init__(self, shape: TransformerConfig, layer: int, activation_checkpointing: str, kept: list) -> None:
+    def __init__(self, shape: TransformerConfig, layer: int, activation_checkpointing: str, kept: list[Any]) -> None:
         super().__init__()
         self.dropout = shape.dropout
         self.kept = kept
@@ -93,7 +94,7 @@ class Block(nn.Module):
         """(batch, seq, hidden) -> (batch, seq, hidden); `cache` and `positions` as in `attend`."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self._layer(hidden, masks, cache, positions)
-        selective = {"context_fn": partial(create_selective_checkpoint_contexts, self.kept)}
+        selective: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, self.kept)}
         # checkpoint keeps the random state, so that dropout draws the same mask when it is computed again
         return checkpoint(
             self._layer,
@@ -109,6 +110,17 @@ class Block(nn.Module):
         attention = self.attn(self.ln_1(hidden), masks, cache, positions)
         hidden = hidden + F.dropout(attention, self.dropout, self.training)
         return hidden + F.dropout(self.mlp(self.ln_2(hidden)), self.dropout, self.training)
+
+
+class Body(nn.Module):
+    """Embeddings, layers and the last norm, under transformers' names."""
+
+    def __init__(self, shape: TransformerConfig, activation_checkpointing: str, kept: list[Any]) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(shape.padded_vocab, shape.hidden_size)
+        self.wpe = nn.Embedding(shape.max_positions, shape.hidden_size)
+        self.h = nn.ModuleList(Block(shape, layer, activation_checkpointing, kept) for layer in range(shape.num_layers))
+        self.ln_f = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon)
 
 
 class Transformer(nn.Module):
@@ -130,17 +142,7 @@ class Transformer(nn.Module):
         assert activation_checkpointing in ACTIVATION_CHECKPOINTING
         self.shape, self.kernel, self.z_loss = shape, kernel, z_loss
         self.token_losses: TokenLosses = chunk_losses  # or what compiles it
-        kept = kept_operations(kernel)
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(shape.padded_vocab, shape.hidden_size),
-                "wpe": nn.Embedding(shape.max_positions, shape.hidden_size),
-                "h": nn.ModuleList(
-                    Block(shape, layer, activation_checkpointing, kept) for layer in range(shape.num_layers)
-                ),
-                "ln_f": nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_epsilon),
-            }
-        )
+        self.transformer = Body(shape, activation_checkpointing, kept_operations(kernel))
 
     def forward(
         self, ids: Tensor, labels: Tensor | None = None, documents: Tensor | None = None

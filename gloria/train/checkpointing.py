@@ -55,6 +55,7 @@ def wait(run: Run) -> None:
 def finish_save(run: Run, *, whole: bool) -> None:
     """A save is over: report how it went, and delete older checkpoints."""
     save, run.save = run.save, None
+    assert save is not None
     run.failed_saves = 0 if whole else run.failed_saves + 1
     if whole:
         run.saved_step = save.step

@@ -82,6 +82,12 @@ class LengthSection:
     )
     sequence_length: int = option(512, "tokens that are predicted in a window", minimum=1)
 
+    @property
+    def filled_micro_batch(self) -> int:
+        """`micro_batch`, which `read_pretrain_config` fills in."""
+        assert self.micro_batch is not None
+        return self.micro_batch
+
 
 @dataclass(frozen=True)
 class TrainConfig(StepSection, LengthSection):  # the fields of the last base come first
@@ -150,7 +156,7 @@ class RunPlan:
 
 def read_pretrain_config(
     argv: Sequence[str] | None = None,
-    cls: type[P] = PretrainConfig,
+    cls: type[P] = PretrainConfig,  # type: ignore[assignment]  # mypy has no defaults of type variables here
     *,
     prog: str = "python -m gloria.pretrain",
     description: str = "Pre-train a GPT-2 or GPT-Neo language model on a weighted mixture of token shards.",
@@ -222,7 +228,9 @@ def _batch_problem(global_batch: int, micro_batch: int | None, world: int) -> st
         whole = -(-global_batch // at_once) * at_once
         return f"{world} ranks do not divide train.global_batch {global_batch}; set that to {whole}"
     share = global_batch // world
-    nearest = min((size for size in range(1, share + 1) if share % size == 0), key=lambda size: abs(size - micro_batch))
+    nearest = min(
+        (size for size in range(1, share + 1) if share % size == 0), key=lambda size: abs(size - at_once // world)
+    )
     return (
         f"{micro_batch} x {world} ranks = {at_once} does not divide train.global_batch {global_batch}; "
         f"set it to {nearest}"
@@ -242,7 +250,7 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
     assert total_steps is not None
     return RunPlan(
         world=world,
-        accumulation=train.global_batch // (train.micro_batch * world),
+        accumulation=train.global_batch // (train.filled_micro_batch * world),
         corpus=corpus,
         weights=resolve_weights(corpus.weights, config.data.weights),
         mixture=mixture,
@@ -327,8 +335,8 @@ def peak_of_step(
     return memory_per_rank(
         shape,
         sequence_length=train.sequence_length,
-        micro_batch=train.micro_batch,
-        accumulation=train.global_batch // (train.micro_batch * world),
+        micro_batch=train.filled_micro_batch,
+        accumulation=train.global_batch // (train.filled_micro_batch * world),
         shards=world // config.dist.replicas,
         element_bytes=ELEMENT_BYTES[precision],
         activation_checkpointing=train.activation_checkpointing,

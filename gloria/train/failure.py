@@ -70,7 +70,7 @@ def fail(run: Run, error: Exception, close: Callable[[Any, str, str], None]) -> 
     try:
         if watch.world == 1:
             close(run, status, reason)
-        elif run.log and not watch.run_lock.lost:
+        elif run.log and watch.run_lock and not watch.run_lock.lost:
             run.log.event(step, status, reason=reason)
     except OSError as last:
         warn(f"{run.folder}: its last event cannot be written ({last})")

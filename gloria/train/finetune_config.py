@@ -77,7 +77,7 @@ class SaveSection(CheckpointConfig):
     keep: int = option(2, "newest checkpoints kept; at least 2, so that a damaged one is not the end", minimum=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Recipe):
     """The recipe of a fine-tuning."""
 

@@ -158,13 +158,19 @@ def steps_of_epoch(rows: list[Row], global_batch: int) -> int:
     return -(-len(rows) // global_batch)
 
 
+def _clean(folder: Path) -> int:
+    """For rank 0: remove what a launch that died has left of the best model."""
+    remove_partial(folder / MODEL)
+    return 0
+
+
 def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Run:
     """Lock the folder, load and shard the model, encode the examples, and go on from the newest checkpoint."""
     config, train = plan.config, plan.config.train
     use_cudnn_attention(False)
     with opening(config, process) as watch:
         resume_step = lock_and_choose(config, process, folder, watch)
-        rank0_decides(process, lambda: remove_partial(folder / MODEL) or 0)
+        rank0_decides(process, lambda: _clean(folder))
         mesh = build_mesh(process, config.dist.replicas)
         precision, why = precision_and_reason(train.precision, process.device)
         require_same(process, {"train.precision": precision})
@@ -181,7 +187,7 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
             keep_gathered=keep,
         ).train()
         epoch = steps_of_epoch(encoded.rows, train.global_batch)
-        total_steps = train.steps or math.ceil(train.epochs * epoch)
+        total_steps = train.steps or math.ceil((train.epochs or 0.0) * epoch)
         if problems := [f"{keys[0]}: {what}" for keys, what in schedules.problems(config.schedule, total_steps)]:
             raise UserError(*problems)
         run = Run(

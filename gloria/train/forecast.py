@@ -69,7 +69,10 @@ def step_traffic(
     config: PretrainConfig, shape: TransformerConfig, gpus: int, *, replicas: int, precision: str, kept: bool
 ) -> Traffic:
     """What a GPU sends in a step of the recipe."""
-    passes, element_bytes = config.train.global_batch // (config.train.micro_batch * gpus), ELEMENT_BYTES[precision]
+    passes, element_bytes = (
+        config.train.global_batch // (config.train.filled_micro_batch * gpus),
+        ELEMENT_BYTES[precision],
+    )
     return traffic_per_step(
         shape, passes=passes, ranks=gpus, replicas=replicas, element_bytes=element_bytes, keep_gathered=kept
     )

@@ -32,5 +32,5 @@ def advice_on(
     """On GPUs, what would make the steps of this run faster."""
     if (usable := _usable_memory(process)) is not None:
         card = card_of_cuda_name(torch.cuda.get_device_name(process.device))
-        network = Network(card and card.link, node=read_environment().local_world)
+        network = Network(card.link if card else None, node=read_environment().local_world)
         yield from advice(config, plan.shape, plan.world, card, network, precision, kept=gathered.keep, usable=usable)

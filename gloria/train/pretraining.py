@@ -100,7 +100,7 @@ class Pretraining:
         left takes one whose labels are all masked. After each batch the ranks agree whether to go on.
         """
         run.model.eval()
-        process, micro_batch, length = run.process, run.config.train.micro_batch, self.mixture.sequence_length
+        process, micro_batch, length = run.process, run.config.train.filled_micro_batch, self.mixture.sequence_length
         no_end = int(self.plan.corpus.manifest.tokenizer.eos_id == 0)  # a missing row is one document
         losses: dict[str, float] = {}
         for name, (stream, windows) in self.valid_streams.items():
@@ -185,7 +185,7 @@ def windows_on_device(
     run: Run, tokens: np.ndarray, more: Mapping[str, np.ndarray]
 ) -> tuple[list[Windows], dict[str, Tensor]]:
     """Windows of tokens (n, seq + 1) as micro-batches, and other arrays by name, in one transfer."""
-    size, bounds = run.config.train.micro_batch, {}
+    size, bounds = run.config.train.filled_micro_batch, {}
     if run.config.data.mask_documents:
         eos_id = run.objective.plan.corpus.manifest.tokenizer.eos_id
         cuts = range(0, len(tokens), size)

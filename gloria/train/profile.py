@@ -11,10 +11,11 @@ from gloria.train.sections import parse_range
 def trace_steps(run: Run) -> None:
     """Begin the profiler at the first step of `train.profile_steps`, and write its trace after the last one."""
     steps = parse_range(run.config.train.profile_steps)
-    if steps and run.step in steps and not run.profiler:
+    inside = steps is not None and run.step in steps
+    if inside and not run.profiler:
         run.profiler = torch.profiler.profile()
         run.profiler.start()
-    elif run.profiler and run.step not in steps:
+    elif run.profiler and not inside:
         end_trace(run)
 
 
@@ -25,6 +26,7 @@ def end_trace(run: Run) -> None:
         return
     profiler.stop()
     steps = parse_range(run.config.train.profile_steps)
+    assert steps is not None  # a profiler runs in them alone
     name = f"steps-{steps.start}-{steps.stop}-rank-{run.process.rank:05d}.json.gz"
     path = run.folder / "profile" / name
     path.parent.mkdir(exist_ok=True)

@@ -173,6 +173,7 @@ def prepare_folder(run: Run) -> None:
     def prepare() -> int:
         shards = training_state(run.model, run.optimizer)
         check_free_space(run.folder, checkpoint_bytes(shards), run.config.checkpoint.keep)
+        assert run.run_lock is not None  # rank 0 holds it
         write_status(run.run_lock, "running", run.step)
         return 0
 
@@ -186,7 +187,12 @@ def begin_log(run: Run, changes: Sequence[str]) -> None:
     if not run.optimizer.defaults.get("fused"):
         name = run.config.optim.name
         print(f"optim.name: {name} waits for the device once a step, to skip one that is not finite", flush=True)
-    about = {"launch": run.launch, "ranks": run.process.world, "seed": run.seed, "versions": versions() | commit()}
+    about: dict[str, Any] = {
+        "launch": run.launch,
+        "ranks": run.process.world,
+        "seed": run.seed,
+        "versions": versions() | commit(),
+    }
     run.log = open_log(
         run.folder, run.step, run.total_steps, run.config.log, evaluated_step=run.evaluated_step, **about
     )
@@ -199,7 +205,7 @@ def close_run(run: Run, status: str, reason: str = "") -> None:
     run.watch.beat(run.step, "end", slow=True)
     run.objective.close()
     dist.barrier()
-    if run.log and not run.run_lock.lost:
+    if run.log and run.run_lock and not run.run_lock.lost:
         shown = f"{status} at step {run.step}{': ' if reason else ''}{reason}"
         shown += "; the same command goes on from here" if status == "stopped" else ""
         run.log.event(run.step, status, shown, **({"reason": reason} if reason else {}))

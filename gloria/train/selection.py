@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -40,7 +41,7 @@ def choose(run: Run) -> bool:
     now, before = values[task.selection], objective.best.get("scores", {}).get(task.selection)
     better = not objective.best or (now is not None and (before is None or now > before))
     if run.log:
-        shown = {name: value and round(value, 6) for name, value in values.items()}
+        shown: dict[str, Any] = {name: value and round(value, 6) for name, value in values.items()}
         run.log.event(run.step, "dev", **shown, best=better)
         run.log.card("dev", run.step, values)
     if better:
