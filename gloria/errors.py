@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TextIO
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
 PIPE_CLOSED = 141  # as a shell has it for SIGPIPE
@@ -27,7 +28,12 @@ class UserError(Exception):
 
 def warn(message: str) -> None:
     """One `warning:` line on stderr: something was not done as requested, and the run continues."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    write_line(f"warning: {message}", sys.stderr)
+
+
+def write_line(text: str, stream: TextIO) -> None:
+    """Print a line in one write: with the line's end in a second one, another rank's line may come in between."""
+    print(f"{text}\n", end="", file=stream, flush=True)
 
 
 def run_command(
@@ -56,7 +62,7 @@ def run_command(
                 return 2
             time.sleep(10)
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+            write_line(f"error: {problem}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import gloria.dist.torchrun
-from gloria.errors import INTERRUPTED, PIPE_CLOSED, UserError, run_command
+from gloria.errors import INTERRUPTED, PIPE_CLOSED, UserError, run_command, write_line
 from tests.conftest import REPOSITORY
 from tests.launch import SMALL, flags
 from tests.world import PATIENCE
@@ -141,3 +142,16 @@ def test_our_torchrun_has_no_report_of_its_own(sample_corpus, tmp_path):
     assert process.returncode == 0, err
     assert "the same command goes on from here" in out
     assert "Traceback" not in err
+
+
+def test_a_line_is_written_at_once():
+    """Two writes a line let the lines of ranks run into one another."""
+    written = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    write_line("warning: one", Stream())
+    assert [text for text in written if text] == ["warning: one\n"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from gloria.config.cli import option
-from gloria.errors import UserError
+from gloria.errors import UserError, write_line
 from gloria.files import json_line, open_plain, parse_json_object, whole_file
 
 
@@ -142,7 +142,7 @@ class RunLog:
         # tqdm.write would not clear the bar here: it looks for one on sys.stderr, where the rank's log is.
         if self.bar is not None:
             self.bar.clear()
-        print(line, file=self.console, flush=True)
+        write_line(line, self.console)
         if self.bar is not None:
             self.bar.refresh()
 
