@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -150,9 +151,14 @@ def test_every_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     log.close()
 
 
-def test_tensorboard_has_the_same_values_and_no_steps_that_are_done_again(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_values_and_no_steps_that_are_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # TensorBoard reads files in the order of their names, which begin with the second of their making.
+    seconds = itertools.count(10**9)
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     for _ in range(2):  # the first is killed before it has a checkpoint, so the second begins at 0, too
         log = open_log(tmp_path, 0, 100, LogConfig(), io.StringIO(), evaluated_step=-1)
         log.valid(0, math.nan, {"ptwiki": 3.0}, {"ptwiki": 1.0})
