@@ -36,6 +36,11 @@ def write_line(text: str, stream: TextIO) -> None:
     print(f"{text}\n", end="", file=stream, flush=True)
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only one, by the launcher's environment: known before anything is imported."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def run_command(
     main: Callable[[list[str] | None], int | None],
     argv: list[str] | None = None,
@@ -53,7 +58,7 @@ def run_command(
         finally:
             sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        if not is_first_rank():
             # Every rank meets the same wrong recipe. Rank 0 reports it, and its end makes the launcher end the others;
             # a rank that is still here after this pause met something that rank 0 did not. The launcher's signal may
             # have come already, while this rank was still importing.

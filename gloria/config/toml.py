@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from gloria.errors import UserError
+from gloria.errors import UserError, is_first_rank
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RECIPES = (PACKAGE / "launch").resolve()  # the repository's launch/, or its copy in an installed package
@@ -40,7 +40,7 @@ def find_recipe(path: str) -> str:
     file = Path(path)
     if file.parent != Path("launch") or file.exists() or not (RECIPES / file.name).exists():
         return path
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # not a line from every rank
+    if is_first_rank():
         print(f"{path}: not here; reading {RECIPES / file.name}", flush=True)
     return str(RECIPES / file.name)
 

@@ -48,7 +48,7 @@ from gloria.dist.manifest import (
 from gloria.dist.retention import remove_checkpoint
 from gloria.dist.state import Shard, first_non_finite
 from gloria.dist.tensor_file import write_tensor_file
-from gloria.dist.transfer import host_buffer
+from gloria.dist.transfer import host_buffer, side_by_side
 from gloria.errors import UserError, warn
 from gloria.files import (
     MAX_JSON_BYTES,
@@ -59,8 +59,6 @@ from gloria.files import (
     write_file,
     write_whole,
 )
-
-STAGING_ALIGNMENT = 64  # bytes, of a cache line
 
 
 class NotFinite(Exception):
@@ -224,16 +222,10 @@ def _copy_to_host(shards: dict[str, Shard], staging: dict[str, Tensor]) -> dict[
 
 def _make_staging(shards: dict[str, Shard], *, page_locked: bool) -> dict[str, Tensor]:
     """Room for all shards in one piece of memory."""
-    begins, end = {}, 0
-    for name, shard in shards.items():
-        begins[name] = -(-end // STAGING_ALIGNMENT) * STAGING_ALIGNMENT
-        end = begins[name] + shard.tensor.nbytes
-    memory, staging = host_buffer(end, page_locked=page_locked), {}
-    for name, shard in shards.items():
-        tensor = shard.tensor
-        own = memory[begins[name] : begins[name] + tensor.nbytes]
-        staging[name] = own.view(tensor.dtype).view(tensor.shape)
-    return staging
+    places, size = side_by_side({name: shard.tensor.nbytes for name, shard in shards.items()})
+    memory = host_buffer(size, page_locked=page_locked)
+    tensors = {name: shard.tensor for name, shard in shards.items()}
+    return {name: memory[places[name]].view(tensor.dtype).view(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _write_part(save: Save, shards: dict[str, Shard]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 16  # bytes: an array of any type may begin there
+_ALIGNMENT = 64  # bytes of a cache line: an array of any type may begin there
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -22,17 +22,23 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     if device.type != "cuda":
         writable = {name: array if array.flags.writeable else array.copy() for name, array in arrays.items()}
         return {name: torch.from_numpy(array) for name, array in writable.items()}
-    places, end = {}, 0
-    for name, array in arrays.items():
-        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = begin + array.nbytes
-        places[name] = slice(begin, end)
+    places, end = side_by_side({name: array.nbytes for name, array in arrays.items()})
     packed = torch.empty(end, dtype=torch.uint8, pin_memory=True)  # kept by torch until its copy is done
     for name, array in arrays.items():
         packed[places[name]].numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = packed.to(device, non_blocking=True)
     dtypes = {name: torch.from_numpy(np.empty(0, array.dtype)).dtype for name, array in arrays.items()}
     return {name: there[places[name]].view(dtypes[name]).view(array.shape) for name, array in arrays.items()}
+
+
+def side_by_side(sizes: Mapping[str, int]) -> tuple[dict[str, slice], int]:
+    """Where things of so many bytes lie in one piece of memory, by name, and how large it is."""
+    places, end = {}, 0
+    for name, size in sizes.items():
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = begin + size
+        places[name] = slice(begin, end)
+    return places, end
 
 
 def host_buffer(size: int, *, page_locked: bool) -> Tensor:

@@ -57,7 +57,7 @@ class Marked:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file, contextlib.redirect_stderr(file):
             try:
-                return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]
+                return super()._run_for_rank(rank, local_rank, node_rank)  # type: ignore[misc]  # of the executor that this is mixed with
             finally:
                 logger.remove()
 
