@@ -52,7 +52,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return dict(read_full_tensors(find_checkpoint(run_dir)))
 
 
-@pytest.mark.parametrize("name", ["adamw", "radam"])
+@pytest.mark.parametrize("name", ["adamw", "radam", "muon"])
 def test_a_step_that_is_not_finite_is_left_out_and_reported(recipe, monkeypatch, tmp_path, name):
     recipe |= {"train.steps": 5, "optim.name": name, "schedule.kind": "constant", "schedule.min_ratio": 0.0}
     fails_at(monkeypatch, {4}, float("nan"))

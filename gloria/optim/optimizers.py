@@ -28,6 +28,7 @@ class Entry:
 
     build: Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]
     first_state: Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]
+    has_hidden: bool = False  # matrices of the layers are a group of their own, marked `hidden`
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -42,6 +43,12 @@ def _radam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
     return RAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, decoupled_weight_decay=True)
 
 
+def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    from gloria.optim.muon import Muon
+
+    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
 def adam_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """The step, on the device where the optimizer is fused, and the averages of gradient and squared gradient."""
     import torch
@@ -51,7 +58,19 @@ def adam_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **averages}
 
 
-OPTIMIZERS = {"adamw": Entry(_adamw, adam_state), "radam": Entry(_radam, adam_state)}
+def _muon_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    import torch
+
+    if group.get("hidden"):
+        return {"momentum_buffer": torch.zeros_like(parameter).detach()}
+    return adam_state(parameter, group)
+
+
+OPTIMIZERS = {
+    "adamw": Entry(_adamw, adam_state),
+    "radam": Entry(_radam, adam_state),
+    "muon": Entry(_muon, _muon_state, has_hidden=True),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,8 @@ class OptimConfig:
 
     name: str = option(
         "adamw",
-        "AdamW, or RAdam (arXiv 1908.03265), which needs no warm-up; both with decoupled weight decay",
+        "AdamW; RAdam (arXiv 1908.03265), which needs no warm-up; or Muon (arXiv 2502.16982) for the layers' matrices "
+        "and AdamW for the rest, with AdamW's lr and half of its state; all with decoupled weight decay",
         choices=tuple(OPTIMIZERS),
     )
     lr: float = option(
@@ -78,19 +98,34 @@ class OptimConfig:
     eps: float = option(1e-8, "added to the root of the squared gradient's average, against dividing by 0", above=0.0)
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, *, hidden_apart: bool = False
+) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices with `weight_decay`; biases, norms and embeddings with 0.
 
     Decay pulls towards 0, which is no sensible place for a norm's gain, nor for the vector of a rare token
-    that has a gradient once in a thousand steps. An empty group is left out.
+    that has a gradient once in a thousand steps. With `hidden_apart` the layers' matrices are a first group, marked
+    `hidden`, with `weight_decay`. An empty group is left out.
     """
+    hidden: list[torch.nn.Parameter] = []
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and not _is_embedding(name) else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            matrix = parameter.ndim >= 2 and not _is_embedding(name)
+            apart = hidden_apart and is_hidden_matrix(name, parameter.ndim)
+            (hidden if apart else decayed if matrix else plain).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": hidden, "weight_decay": weight_decay, "hidden": True},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
+
+
+def is_hidden_matrix(name: str, dimensions: int) -> bool:
+    """Whether a parameter is a matrix of a numbered layer (`h.0`, `layers.0`): no embedding, head or classifier."""
+    return dimensions == 2 and not _is_embedding(name) and any(part.isdecimal() for part in name.split("."))
 
 
 def build_optimizer(config: OptimConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -98,14 +133,14 @@ def build_optimizer(config: OptimConfig, named_parameters: Iterable[tuple[str, n
 
     So a checkpoint's names never depend on how far the run is. AdamW is torch's fused one, on CPU too: set its
     attribute `found_inf` to a float tensor without dimensions (with one it fails), and a step for which it is 1
-    leaves weights and state as they are, without the host having to look. RAdam reads no such attribute: the caller
-    must look, and skip `step()`.
+    leaves weights and state as they are, without the host having to look. Muon does the same, and its
+    `defaults["fused"]` says so. RAdam reads no such attribute: the caller must look, and skip `step()`.
 
     A group's "params" are ordinary tensors, its "model_params" the model's own in the same order, from which the
     gradients must be taken before `step()` (`gloria.dist.sharding.update`). The model must have its memory by now.
     """
     entry = OPTIMIZERS[config.name]
-    groups = parameter_groups(named_parameters, config.weight_decay)
+    groups = parameter_groups(named_parameters, config.weight_decay, hidden_apart=entry.has_hidden)
     for group in groups:
         group["model_params"] = group["params"]
         group["params"] = [_local_rows(parameter) for parameter in group["params"]]

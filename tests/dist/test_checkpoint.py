@@ -209,8 +209,9 @@ def resume_trained(rank: int, world: int, run_dir: Path, vocab: int, optimizer_n
         (50304, "radam", (3, 1), [(4, 1), (1, 1)]),
         (101, "adamw", (4, 2), [(4, 1), (4, 2), (2, 1)]),
         (101, "radam", (1, 1), [(4, 2)]),
+        (101, "muon", (4, 1), [(2, 1), (1, 1), (4, 2), (4, 1)]),
     ],
-    ids=["50257-from-2", "50304-from-3", "hsdp", "alone-to-hsdp"],
+    ids=["50257-from-2", "50304-from-3", "hsdp", "alone-to-hsdp", "muon"],
 )
 def test_saved_on_some_ranks_resumed_on_others(tmp_path: Path, vocab, optimizer_name, saved_on, resumed_on):
     world, replicas = saved_on

@@ -97,13 +97,13 @@ def test_spikes_are_judged_by_unscaled_norms_and_overflows_leave_no_trace_in_the
     assert (with_overflow[0], with_overflow[1]) == ([False] * 5 + [True], plain[1])
 
 
-@pytest.mark.parametrize("name", ["adamw", "radam"])
+@pytest.mark.parametrize("name", ["adamw", "radam", "muon"])
 def test_the_update_of_a_scaled_gradient_is_that_of_the_gradient(name):
     """Clipped to a norm of 1 and not clipped at all, over steps with other scales."""
 
     def trained(scales: list[float], clip_norm: float) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(3, 2))
-        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1), [("h.weight", weight)])
+        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1), [("h.0.weight", weight)])
         for step, scale in enumerate(scales):
             weight.grad = torch.full((3, 2), 0.5 + step) * scale
             norm = (weight.grad.double() / scale).norm()

@@ -134,7 +134,7 @@ def load_into_another(rank: int, world: int, optimizer_name: str) -> tuple[str, 
     return (*digests, *losses)
 
 
-@pytest.mark.parametrize("optimizer_name", ["adamw", "radam"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "radam", "muon"])
 def test_a_loaded_state_continues_with_the_same_bits(optimizer_name: str):
     for digest, loaded_digest, loss, loaded_loss in run_world(load_into_another, 2, optimizer_name):
         assert digest == loaded_digest

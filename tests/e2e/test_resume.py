@@ -133,6 +133,7 @@ CASES = {
     "1-radam-selective": (1, {"optim.name": "radam", "train.activation_checkpointing": "selective"}),
     "1-compiled": (1, {"train.compile": "true", "model.num_layers": 1, "train.sequence_length": 16}),
     "2-radam-dropout": (2, {"optim.name": "radam", "model.dropout": 0.1}),
+    "2-muon": (2, {"optim.name": "muon"}),
     "4-dropout-selective": (4, {"model.dropout": 0.1, "train.activation_checkpointing": "selective"}),
 }
 

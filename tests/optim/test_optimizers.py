@@ -169,4 +169,8 @@ def test_an_optimizer_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     step(model, optimizer, -0.2)
     step(plain, theirs, -0.2)
     assert all(torch.equal(ours, other) for ours, other in zip(model.parameters(), plain.parameters()))
-    assert next(item for item in fields(OptimConfig) if item.name == "name").metadata["choices"] == ("adamw", "radam")
+    assert next(item for item in fields(OptimConfig) if item.name == "name").metadata["choices"] == (
+        "adamw",
+        "radam",
+        "muon",
+    )

@@ -61,7 +61,9 @@ def waits_of(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tu
     return result, {name: count for name, count in waits.items() if count}
 
 
-@pytest.mark.parametrize("flags", [(), ("--train.skip_spikes", "6", "--data.mask_documents", "true")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--train.skip_spikes", "6", "--data.mask_documents", "true", "--optim.name", "muon")]
+)
 def test_a_step_reads_nothing_from_the_device(flags, tmp_path: Path, sample_corpus: Path, monkeypatch):
     recipe = ["--config", str(RECIPES / "demo.toml"), "--data.corpus", str(sample_corpus)]
     config, plan = pretrain.check([*recipe, "--run.dir", str(tmp_path / "run"), "--train.micro_batch", "8", *flags])

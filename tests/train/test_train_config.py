@@ -103,7 +103,10 @@ def problems(*argv: str, plan: bool = False) -> list[str]:
         ("--train.global-btach 3", "--train.global-btach: unknown flag; did you mean --train.global_batch?"),
         ("--run.seed -1", "--run.seed: -1 is too small; give at least 0"),
         ("--run.device gpu", '--run.device: unknown value "gpu"; did you mean "cpu"? One of "auto", "cpu", "cuda"'),
-        ("--optim.name adam", '--optim.name: unknown value "adam"; did you mean "radam"? One of "adamw", "radam"'),
+        (
+            "--optim.name adam",
+            '--optim.name: unknown value "adam"; did you mean "radam"? One of "adamw", "radam", "muon"',
+        ),
         ("--optim.lr 0", "--optim.lr: 0.0 is too small; give more than 0.0"),
         (
             "--optim.betas [0.9,1]",
