@@ -49,7 +49,9 @@ def gradient(step: int, name: str, size: torch.Size) -> torch.Tensor:
     return torch.randn(size, generator=generator)
 
 
-def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, scale: float = 1.0) -> None:
+def take_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, scale: float = 1.0, *, good: bool = True
+) -> None:
     """Steps with the same whole gradients on any number of ranks."""
     for step in range(steps):
         gradients = []
@@ -61,7 +63,7 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, s
             else:
                 gradients.append(whole)
             parameter.grad = whole
-        update(optimizer, gradients, torch.tensor(1 / scale), torch.tensor(True))
+        update(optimizer, gradients, torch.tensor(1 / scale), torch.tensor(good))
 
 
 def test_on_one_rank_it_is_torchs_muon_and_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +135,7 @@ def test_the_matrices_of_layers_are_muons_whatever_the_family() -> None:
 
 
 def sharded(rank: int, world: int, replicas: int) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
-    """The whole state after three steps, and the matrices that this rank multiplied."""
+    """The whole state after three steps and one that is left out, and the matrices that this rank multiplied."""
     model = start()
     mesh = build_mesh(Process(rank, world, torch.device("cpu")), replicas)
     shard(model, model.h, mesh, "fp32")
@@ -146,12 +148,14 @@ def sharded(rank: int, world: int, replicas: int) -> tuple[dict[str, torch.Tenso
     muon.newton_schulz = counted
     optimizer = build_optimizer(CONFIG, model.named_parameters())
     take_steps(model, optimizer, 3)
+    multiplied = list(owned)
+    take_steps(model, optimizer, 1, math.nan, good=False)  # is left out
     if replicas > 1:  # each replica has computed the same
         for piece in training_state(model, optimizer).values():
             first = piece.tensor.clone()
             dist.broadcast(first, mesh.get_local_rank("shard"), group=mesh.get_group("replicate"))
             assert torch.equal(first, piece.tensor)
-    return whole_tensors(training_state(model, optimizer)), owned
+    return whole_tensors(training_state(model, optimizer)), multiplied
 
 
 @pytest.mark.parametrize(("world", "replicas"), [(1, 1), (2, 1), (4, 1), (4, 2)])
