@@ -78,6 +78,13 @@ slurm-check: $(READY) ## is this machine fit for CONFIG? all nodes of a job: SRU
 slurm-test: $(READY) ## the job scripts on a Slurm of two nodes that it starts here (root; half an hour)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m 'slurm or not slurm' tests/slurm $(ARGS)
 
+docs: $(READY) ## the documents as a site: site/index.html
+	$(PYTHON) -m pip install --quiet --editable '.[docs]'
+	$(PYTHON) -m mkdocs build --strict
+
+docs-check: $(READY) ## run every command of README and docs/ with small settings (half an hour)
+	$(PYTHON) -m tests.docs $(ARGS)
+
 bench: $(READY) ## the measurements of bench/ (half an hour on two cores)
 	@for script in bench/*.py; do \
 		case $$script in *checkpoint.py) run="$(TORCHRUN) --nproc_per_node 2";; *) run="$(PYTHON)";; esac; \
