@@ -63,7 +63,8 @@ def method(what: str, kernel: str, bounds: Tensor, window: int, heads: int) -> M
         if made is None:
             like = {"device": query.device, "dtype": query.dtype}
             made = masks[batch, query.dtype] = attention_masks(batch, length, window, own, kernel=kernel, **like)
-        return step(query, key, value, made, num_heads=heads, window=window, scale=1.0, dropout=0.0)
+        query, key, value = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))
+        return step(query, key, value, made, window=window, scale=1.0, dropout=0.0)
 
     return run
 

@@ -29,8 +29,8 @@ from gloria.tasks.catalog import TASKS
 from gloria.tasks.examples import LastWord
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, Rule
 from gloria.tasks.models.backbones import LoadedModel, load_model
-from gloria.tasks.models.encode import length_batches
-from gloria.tasks.models.loglikelihood import make_requests, start_ids
+from gloria.tasks.models.encode import length_batches, start_ids
+from gloria.tasks.models.loglikelihood import make_requests
 from gloria.tasks.models.zeroshot import LIKELIHOOD, EvalSettings, Evaluation, answers
 from gloria.tasks.samples import sample_folder
 
@@ -56,7 +56,7 @@ def one_by_one(model: torch.nn.Module, loaded: LoadedModel, examples: list[LastW
     written = {}
     for example in examples:
         context = example.context.rstrip() if rule.strip else example.context
-        start = start_ids(loaded.tokenizer, needed=False)
+        start = start_ids(loaded, needed=False)
         start += loaded.tokenizer(context, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([start], device=model.device)
         output = model.generate(

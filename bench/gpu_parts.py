@@ -96,7 +96,7 @@ def attention() -> Iterator[Row]:
     batch, heads, dim = (8, 16, 128) if CUDA else (2, 2, 16)
     for length in (512, 2048) if CUDA else (64,):
         for window in (0, 256 if CUDA else 16):
-            inputs = [random(batch, length, heads * dim, grad=True) for _ in range(3)]
+            inputs = [random(batch, length, heads, dim, grad=True) for _ in range(3)]
             upstream = random(batch, length, heads * dim)
             wanted: list[Tensor] | None = None
             for kernel in ("fp32", "sdpa", "varlen", "flex") if CUDA else ("fp32", "sdpa"):
@@ -110,7 +110,7 @@ def attention() -> Iterator[Row]:
                 )
 
                 def both() -> list[Tensor]:
-                    output = attend(*used, masks, num_heads=heads, window=window, scale=1.0, dropout=0.0)  # noqa: B023
+                    output = attend(*used, masks, window=window, scale=1.0, dropout=0.0)  # noqa: B023
                     return torch.autograd.grad(output, used, upstream.to(dtype))  # noqa: B023
 
                 row = {"length": length, "window": window, "kernel": kernel}

@@ -38,7 +38,7 @@ def network_of(shape: Any, implementation: str) -> nn.Module:
     """transformers' model of a shape of ours, with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gloria.model.families import config_of_fields
+    from gloria.model.config_json import config_of_fields
 
     fields = config_of_fields(shape.to_dict())
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from gloria.config.cli import Problems, option, parse
 from gloria.errors import UserError, run_command, warn
-from gloria.model.decode import begin, end_ids
+from gloria.model.decode import begin
 from gloria.model.kernels import use_cudnn_attention
-from gloria.model.transformer import Transformer
-from gloria.tasks.models.backbones import load_model
+from gloria.tasks.models.backbones import LoadedModel, load_model
+from gloria.tasks.models.encode import start_ids, tokenize
 
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")  # with --greedy none of them has an effect
 
@@ -52,14 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     ).config
     use_cudnn_attention(False)
     loaded = load_model(str(arguments.model), language_model=True)
-    model, tokenizer = loaded.language_model, loaded.tokenizer
-    assert model is not None
-    ids = prompt_ids(tokenizer, arguments.prompt, document_start=isinstance(model, Transformer))
+    model, tokenizer = loaded.require_language_model(), loaded.tokenizer
+    ids = prompt_ids(loaded, arguments.prompt)
     limit = new_token_limit(len(ids), arguments.max_new_tokens, loaded.max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     rows, logits = begin(model.to(device).eval(), [ids], limit, device)
-    ends, made = end_ids(model, tokenizer.eos_token_id), list(ids)
+    ends, made = loaded.end_ids(), list(ids)
     while True:
         token = logits.argmax(dim=1) if arguments.greedy else sample(logits, arguments)
         if token.item() in ends:
@@ -88,15 +86,10 @@ def sample(logits: Tensor, arguments: GenerateOptions) -> Tensor:
     return tokens.gather(1, chosen)[:, 0]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, document_start: bool) -> list[int]:
-    """The ids to continue. Our own models saw EOS at a `document_start`, which their tokenizers do not add."""
-    ids = tokenizer(prompt, split_special_tokens=True)["input_ids"]
-    start = tokenizer.eos_token_id
-    if document_start and ids[:1] != [start]:
-        ids = [start, *ids]
-    if not ids:
-        raise UserError("--prompt: is empty, and this model has no token to begin with; give some text")
-    return ids
+def prompt_ids(loaded: LoadedModel, prompt: str) -> list[int]:
+    """The ids to continue: a document that begins with the prompt, see `start_ids`."""
+    ids: list[int] = tokenize(loaded.tokenizer, [prompt])[0].ids
+    return start_ids(loaded, needed=loaded.behind_eos or not ids) + ids
 
 
 def new_token_limit(prompt_tokens: int, max_new_tokens: int, positions: int | None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gloria.data.tokenizer import TextTokenizer
 from gloria.dist.checkpoint import begin_save, publish
@@ -19,6 +19,8 @@ from gloria.errors import UserError, run_command
 from gloria.generate import main, prompt_ids, sample
 from gloria.model.huggingface import write_folder
 from gloria.model.transformer import Transformer
+from gloria.tasks.models.backbones import load_model
+from tests.tasks.tiny import make_folder
 from tests.tiny_models import GPT_NEO, make_tokenizer, uneven_model
 
 PROMPT = "Os barcos saem"
@@ -122,18 +124,22 @@ def test_it_stops_at_the_end_of_a_document(written: tuple, tmp_path: Path, capsy
 def test_a_special_tokens_name_in_the_prompt_is_text(written: tuple) -> None:
     folder, _, tokenizer = written
     text = "antes<|endoftext|>depois"
-    ids = prompt_ids(AutoTokenizer.from_pretrained(folder), text, document_start=True)
+    ids = prompt_ids(load_model(str(folder)), text)
     assert ids == [tokenizer.eos_id, *tokenizer.encode(text)]
     assert ids.count(tokenizer.eos_id) == 1
 
 
-def test_other_families_get_no_document_start(written: tuple) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(written[0])
-    assert prompt_ids(tokenizer, PROMPT, document_start=False) == written[2].encode(PROMPT)
-    with pytest.raises(UserError) as caught:
-        prompt_ids(tokenizer, "", document_start=False)
-    line = "--prompt: is empty, and this model has no token to begin with; give some text"
-    assert caught.value.problems == (line,)
+def test_a_model_that_did_not_begin_behind_eos_begins_with_what_its_tokenizer_adds(tmp_path: Path) -> None:
+    bos, eos = 1, 0  # of the tokenizers of tests/tasks/tiny.py
+    for family, start in (("llama", [bos]), ("mistral", [bos]), ("gpt_neox", [])):
+        loaded = load_model(str(make_folder(family, tmp_path / family)), language_model=True)
+        own = loaded.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+        assert (loaded.behind_eos, prompt_ids(loaded, PROMPT)) == (False, [*start, *own])
+        # Run on by us, its documents begin behind EOS, whatever its tokenizer adds.
+        assert prompt_ids(replace(loaded, behind_eos=True), PROMPT) == [eos, *own]
+    loaded.tokenizer.eos_token = loaded.tokenizer.bos_token = None
+    with pytest.raises(UserError, match="has neither BOS nor EOS, and a text must begin with one"):
+        prompt_ids(loaded, "")
 
 
 def test_an_empty_prompt_begins_a_document(written: tuple, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from gloria.data.tokenizer import TextTokenizer, TokenizerConfig, train_tokenizer
 from gloria.model.config import TransformerConfig
+from gloria.model.families import RopeScaling
 from gloria.model.transformer import Transformer, initial_value
 
 GPT_NEO = TransformerConfig(
@@ -23,7 +24,27 @@ GPT_NEO = TransformerConfig(
     window_size=8,
 )
 GPT2 = replace(GPT_NEO, architecture="gpt2", attention_layers=("global", "global"), window_size=0)
-SHAPES = {"gpt2": GPT2, "gpt-neo": GPT_NEO}
+# Each has what the others of its line have not: heads of its own, a window, biases, heads of another width, a scaling.
+LLAMA = replace(
+    GPT2,
+    architecture="llama",
+    num_kv_heads=2,
+    tied_head=False,
+    rope_scaling=RopeScaling("llama3", 4.0, original_max_positions=16),
+)
+MISTRAL = replace(
+    LLAMA, architecture="mistral", attention_layers=("local", "local"), window_size=8, rope_theta=5e3, rope_scaling=None
+)
+QWEN2 = replace(MISTRAL, architecture="qwen2", attention_layers=("global", "local"), num_kv_heads=1, tied_head=True)
+QWEN3 = replace(LLAMA, architecture="qwen3", head_size=12, rope_scaling=RopeScaling("linear", 2.0))
+SHAPES = {
+    "gpt2": GPT2,
+    "gpt-neo": GPT_NEO,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
 
 TEXT = (
     "Um tokenizador pequeno aprende com pouco texto, e este texto é pouco. As palavras repetem-se, as letras "
@@ -47,7 +68,8 @@ def uneven_model(shape: TransformerConfig, *, seed: int = 0) -> Transformer:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.transformer.wte.weight[shape.vocab_size :] = 0.0
+        for rows in (model.transformer.wte.weight, model.head):
+            rows[shape.vocab_size :] = 0.0
     return model
 
 

@@ -16,7 +16,9 @@ from torch.nn.attention import varlen
 def check_arguments(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, others: Tensor, longest: int) -> None:
     """What CUDA's kernel requires of layout, and that the bounds cover the tokens."""
     assert query.dim() == 3
-    assert query.shape == key.shape == value.shape
+    assert key.shape == value.shape
+    assert (query.shape[0], query.shape[2]) == (key.shape[0], key.shape[2])
+    assert query.shape[1] % key.shape[1] == 0
     assert query.dtype == key.dtype == value.dtype
     assert all(x.stride(-1) == 1 for x in (query, key, value))
     for cuts in (bounds, others):
@@ -31,6 +33,11 @@ def check_arguments(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, o
         assert bounds.diff().max() <= longest
 
 
+def for_heads(keys: Tensor, query: Tensor) -> Tensor:
+    """Keys or values of a group of queries' heads, repeated for each of them."""
+    return keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+
+
 def scores(query: Tensor, key: Tensor, bounds: Tensor, scale: float | None, window: list[int]) -> Tensor:
     """Of all pairs of tokens, (heads, tokens, tokens): -inf where the first does not see the second."""
     left, right = window
@@ -40,7 +47,9 @@ def scores(query: Tensor, key: Tensor, bounds: Tensor, scale: float | None, wind
     allowed = (sequence[:, None] == sequence) & (distance >= -right)
     if left >= 0:
         allowed &= distance <= left
-    found = torch.einsum("ihd,jhd->hij", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    found = torch.einsum("ihd,jhd->hij", query, for_heads(key, query)) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )
     return found.masked_fill(~allowed, float("-inf"))
 
 
@@ -62,7 +71,7 @@ def _forward(
     assert is_causal == (window_size == [-1, 0])
     check_arguments(query, key, value, bounds, others, max_q)
     found = scores(query, key, bounds, scale, window_size)
-    output = torch.einsum("hij,jhd->ihd", found.softmax(-1), value)
+    output = torch.einsum("hij,jhd->ihd", found.softmax(-1), for_heads(value, query))
     return output.contiguous(), found.logsumexp(-1).float(), torch.zeros(2, dtype=torch.uint64)
 
 
@@ -84,11 +93,11 @@ def _backward(
     window_size: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = scores(query, key, bounds, scale, window_size).softmax(-1)
-    of_weights = torch.einsum("ihd,jhd->hij", grad, value)
+    of_weights = torch.einsum("ihd,jhd->hij", grad, for_heads(value, query))
     of_scores = weights * (of_weights - (grad * out).sum(-1).T[:, :, None])
     of_scores *= query.shape[-1] ** -0.5 if scale is None else scale
+    of_keys = (torch.einsum("hij,ihd->jhd", *pair) for pair in ((of_scores, query), (weights, grad)))
     return (
-        torch.einsum("hij,jhd->ihd", of_scores, key).contiguous(),
-        torch.einsum("hij,ihd->jhd", of_scores, query).contiguous(),
-        torch.einsum("hij,ihd->jhd", weights, grad).contiguous(),
+        torch.einsum("hij,jhd->ihd", of_scores, for_heads(key, query)).contiguous(),
+        *(x.unflatten(1, (key.shape[1], -1)).sum(2).contiguous() for x in of_keys),
     )

@@ -32,29 +32,29 @@ def attend(
     value: Tensor,
     masks: Masks,
     *,
-    num_heads: int,
     window: int,
     scale: float | None,
     dropout: float,
     cache: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Causal multi-head attention between the projections: (batch, seq, hidden) each, and so the output.
+    """Causal multi-head attention between the projections: (batch, seq, heads * head_dim).
 
-    `window` 0 looks back over the whole sequence, otherwise over the last `window` tokens, itself included.
-    `scale` None is 1/sqrt(head_dim). `masks` are those of `attention_masks` for the same window and length.
+    `query` is (batch, seq, heads, head_dim); `key` and `value` have as many heads, or fewer, each of which a group of
+    neighbouring queries' heads shares (arXiv 2305.13245). `window` 0 looks back over the whole sequence, otherwise
+    over the last `window` tokens, itself included. `scale` None is 1/sqrt(head_dim). `masks` are those of
+    `attention_masks` for the same window and length.
 
-    Keys and values are kept in `cache`, (2, batch, heads, capacity, head_dim), if there is one: at `positions`
+    Keys and values are kept in `cache`, (2, batch, their heads, capacity, head_dim), if there is one: at `positions`
     (batch, seq), where they are attended to with all that the cache holds and the masks of `cache_masks`; without
     `positions` at 0, 1, ..., where nothing lies before them.
     """
-    query, key, value = (x.unflatten(-1, (num_heads, -1)) for x in (query, key, value))
     if cache is not None and positions is not None:
         rows = torch.arange(len(query), device=query.device)[:, None]
         cache[0, rows, :, positions], cache[1, rows, :, positions] = key, value
         mask = masks.local if window else masks.whole
-        keys, values = cache.transpose(2, 3)  # (batch, capacity, heads, head_dim) each
-        return _attention(query, keys, values, mask, scale, dropout).flatten(2)
+        keys, values = cache.transpose(2, 3)  # (batch, capacity, their heads, head_dim) each
+        return _grouped_attention(query, keys, values, mask, scale).flatten(2)
     if cache is not None:
         cache[:, :, :, : key.shape[1]] = torch.stack((key, value)).transpose(2, 3)
     local = 0 < window < query.shape[1]
@@ -74,7 +74,11 @@ def attend(
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float
 ) -> Tensor:
-    """(batch, seq, heads, head_dim) each, and so the output; without a mask it is causal."""
+    """(batch, seq, heads, head_dim), and so the output; without a mask it is causal."""
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1 and (mask is not None or query.device.type == "cpu"):
+        # With a mask no kernel for GPUs takes fewer keys than queries, and on CPU copies are the faster way.
+        key, value, groups = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2), 1
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),  # (batch, heads, seq, head_dim)
         key.transpose(1, 2),
@@ -83,8 +87,18 @@ def _attention(
         is_causal=mask is None,
         scale=scale,
         dropout_p=dropout,
+        enable_gqa=groups > 1,
     )
     return output.transpose(1, 2)
+
+
+def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """The same with the queries of a group behind one another, where copies of all keys would cost more than masks."""
+    groups = query.shape[2] // key.shape[2]
+    queries = query.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)  # (batch, seq * groups, their heads, ...)
+    mask = mask.repeat_interleave(groups, dim=2) if groups > 1 else mask
+    output = _attention(queries, key, value, mask, scale, 0.0)
+    return output.unflatten(1, (-1, groups)).transpose(2, 3).flatten(2, 3)
 
 
 def _local_attention(
@@ -95,32 +109,34 @@ def _local_attention(
     The sequence is cut into blocks of `window`: a block's queries need no keys but its own and those of the
     block before it.
     """
-    batch, length, heads, head_dim = query.shape
+    batch, length = query.shape[:2]
     blocks = -(-length // window)
     tail = blocks * window - length
 
     def with_previous(x: Tensor) -> Tensor:
-        padded = F.pad(x, (0, 0, 0, 0, window, tail)).view(batch, blocks + 1, window, heads, head_dim)
+        padded = F.pad(x, (0, 0, 0, 0, window, tail)).view(batch, blocks + 1, window, *x.shape[2:])
         return torch.cat((padded[:, :-1], padded[:, 1:]), dim=2).flatten(0, 1)
 
     output = _attention(
-        F.pad(query, (0, 0, 0, 0, 0, tail)).reshape(batch * blocks, window, heads, head_dim),
+        F.pad(query, (0, 0, 0, 0, 0, tail)).reshape(batch * blocks, window, *query.shape[2:]),
         with_previous(key),  # (batch * blocks, 2 * window, heads, head_dim)
         with_previous(value),
         mask,
         scale,
         dropout,
     )
-    return output.reshape(batch, blocks * window, heads, head_dim)[:, :length]
+    return output.reshape(batch, blocks * window, *query.shape[2:])[:, :length]
 
 
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, window: int, scale: float | None
 ) -> Tensor:
-    """(batch, seq, heads, head_dim) each; a token sees its sequence, of it the last `window` tokens (0: all before)."""
+    """(batch, seq, heads, head_dim); a token sees its sequence, of it the last `window` tokens (0: all before)."""
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
 
     batch, length = query.shape[:2]
+    # torch 2.11 has no such argument
+    grouped: dict[str, Any] = {"enable_gqa": True} if key.shape[2] < query.shape[2] else {}
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (batch * seq, heads, head_dim)
     output = varlen_attn(
         query,
@@ -132,17 +148,19 @@ def _varlen_attention(
         length,
         scale=scale,
         window_size=(window - 1, 0),  # -1: no bound on the left
+        **grouped,
     )
     assert isinstance(output, Tensor)
     return output.unflatten(0, (batch, length))
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None) -> Tensor:
-    """(batch, seq, heads, head_dim) each, and so the output."""
+    """(batch, seq, heads, head_dim), and so the output."""
     from torch.nn.attention.flex_attention import flex_attention  # imports the compiler
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, seq, head_dim)
-    output: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale)
+    grouped = key.shape[1] < query.shape[1]
+    output: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     return output.transpose(1, 2)
 
 

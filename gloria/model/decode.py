@@ -132,9 +132,3 @@ def _read_prompts(
     hidden = model.hidden_states(ids, cache=rows.cache)
     last = hidden[torch.arange(len(ids), device=device), rows.lengths - 1]  # (rows, hidden)
     return rows, model.logits(last)
-
-
-def end_ids(model: nn.Module, eos_id: int | None) -> set[int]:
-    """The tokens that end a text: the tokenizer's EOS, and what else a model of transformers names."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {eos_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -5,18 +5,25 @@ An entry of FAMILIES is all that is known of a family by name; the transformer r
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gloria.errors import UserError
-from gloria.files import read_json_object
+from gloria.config.cli import option
 
 GLOBAL, LOCAL = "global", "local"
 # Far above any model: a larger number in a file would only use up memory and time before something else fails.
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the length that a model was first trained at."""
+
+    kind: str = option(help="all frequencies divided, or as Llama 3.1 the low ones", choices=("linear", "llama3"))
+    factor: float = option(help="what the frequencies are divided by", above=0.0)
+    low_freq_factor: float = option(1.0, "llama3: longer waves than original / this are divided", above=0.0)
+    high_freq_factor: float = option(4.0, "llama3: shorter waves than original / this are kept", above=0.0)
+    original_max_positions: int = option(8192, "llama3: tokens of the first training", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -25,67 +32,178 @@ class Family:
 
     fused_qkv: bool  # one projection gives queries, keys and values; otherwise one each
     qkv_bias: bool
+    bias: bool  # of all other linear layers
+    qk_norm: bool  # each head of queries and keys is normed
     attention_scale: float | None  # factor of the attention scores; None: 1/sqrt(head_dim)
     attention_kinds: tuple[str, ...]  # "global" or "local", which the layers take by turns
+    rotary: bool  # positions turn queries and keys (arXiv 2104.09864); otherwise they are learned and added
+    rms_norm: bool  # arXiv 1910.07467; otherwise LayerNorm
+    gated_mlp: bool  # SwiGLU (arXiv 2002.05202); otherwise GELU in its tanh form
+    scaled_start: bool  # see `initial_value`
 
     model_type: str
     model_class: str  # of transformers, with the language model's head
     sizes: dict[str, tuple[str, int | None]]  # our name -> (key, what transformers takes where the key is missing)
+    norm_epsilon: tuple[str, float]  # likewise
     dropouts: tuple[str, ...]  # keys of the dropout rates
     fixed: dict[str, Any]  # keys that change what a model computes, with the only value that ours has of each
+    layers_key: str = ""  # what says which layers are local; "": none is
+    names: tuple[tuple[str, str], ...] = ()  # parts of our parameters' names, and what folders have in their place
     transposed: str = r"(?!)"  # pattern of the weights that a folder keeps as (in, out); this one matches nothing
 
+    def folder_name(self, name: str) -> str:
+        """What a folder calls the parameter that is `name` here."""
+        for ours, theirs in self.names:
+            name = name.replace(ours, theirs)
+        return name
 
+
+# Radford et al. 2019
+_GPT2 = Family(
+    fused_qkv=True,
+    qkv_bias=True,
+    bias=True,
+    qk_norm=False,
+    attention_scale=None,
+    attention_kinds=(GLOBAL,),
+    rotary=False,
+    rms_norm=False,
+    gated_mlp=False,
+    scaled_start=True,
+    model_type="gpt2",
+    model_class="GPT2LMHeadModel",
+    sizes={
+        "num_layers": ("n_layer", 12),
+        "hidden_size": ("n_embd", 768),
+        "num_heads": ("n_head", 12),
+        "intermediate_size": ("n_inner", None),
+        "max_positions": ("n_positions", 1024),
+        "vocab_size": ("vocab_size", 50257),
+    },
+    norm_epsilon=("layer_norm_epsilon", 1e-5),
+    dropouts=("embd_pdrop", "attn_pdrop", "resid_pdrop"),
+    fixed={
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    transposed=r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$",  # transformers' Conv1D
+)
+# Black et al. 2021 (doi 10.5281/zenodo.5297715)
+_GPT_NEO = replace(
+    _GPT2,
+    fused_qkv=False,
+    qkv_bias=False,
+    attention_scale=1.0,
+    attention_kinds=(GLOBAL, LOCAL),
+    model_type="gpt_neo",
+    model_class="GPTNeoForCausalLM",
+    sizes={
+        "num_layers": ("num_layers", 24),
+        "hidden_size": ("hidden_size", 2048),
+        "num_heads": ("num_heads", 16),
+        "intermediate_size": ("intermediate_size", None),
+        "max_positions": ("max_position_embeddings", 2048),
+        "vocab_size": ("vocab_size", 50257),
+        "window_size": ("window_size", 256),
+    },
+    dropouts=("embed_dropout", "attention_dropout", "resid_dropout"),
+    fixed={"activation_function": "gelu_new", "tie_word_embeddings": True},
+    layers_key="attention_types",
+    transposed=Family.transposed,
+)
+# Touvron et al. 2023 (arXiv 2302.13971); Tucano, EuroLLM and SmolLM are such models
+_LLAMA = replace(
+    _GPT2,
+    fused_qkv=False,
+    qkv_bias=False,
+    bias=False,
+    rotary=True,
+    rms_norm=True,
+    gated_mlp=True,
+    scaled_start=False,
+    model_type="llama",
+    model_class="LlamaForCausalLM",
+    sizes={
+        "num_layers": ("num_hidden_layers", 32),
+        "hidden_size": ("hidden_size", 4096),
+        "num_heads": ("num_attention_heads", 32),
+        "num_kv_heads": ("num_key_value_heads", None),
+        "head_size": ("head_dim", None),
+        "intermediate_size": ("intermediate_size", 11008),
+        "max_positions": ("max_position_embeddings", 2048),
+        "vocab_size": ("vocab_size", 32000),
+    },
+    norm_epsilon=("rms_norm_eps", 1e-6),
+    dropouts=(),
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0},
+    names=(
+        ("transformer.wte.", "model.embed_tokens."),
+        ("transformer.h.", "model.layers."),
+        ("transformer.ln_f.", "model.norm."),
+        (".ln_1.", ".input_layernorm."),
+        (".attn.attention.out_proj.", ".self_attn.o_proj."),
+        (".attn.attention.", ".self_attn."),
+        (".ln_2.", ".post_attention_layernorm."),
+        (".mlp.c_gate.", ".mlp.gate_proj."),
+        (".mlp.c_fc.", ".mlp.up_proj."),
+        (".mlp.c_proj.", ".mlp.down_proj."),
+    ),
+    transposed=Family.transposed,
+)
+# Jiang et al. 2023 (arXiv 2310.06825)
+_MISTRAL = replace(
+    _LLAMA,
+    attention_kinds=(LOCAL,),
+    model_type="mistral",
+    model_class="MistralForCausalLM",
+    sizes=_LLAMA.sizes
+    | {
+        "num_kv_heads": ("num_key_value_heads", 8),
+        "intermediate_size": ("intermediate_size", 14336),
+        "max_positions": ("max_position_embeddings", 131072),
+        "window_size": ("sliding_window", 4096),
+    },
+    fixed={"hidden_act": "silu", "attention_dropout": 0.0, "layer_types": None},
+    layers_key="sliding_window",
+)
+# Yang et al. 2024 (arXiv 2407.10671)
+_QWEN2 = replace(
+    _LLAMA,
+    qkv_bias=True,
+    model_type="qwen2",
+    model_class="Qwen2ForCausalLM",
+    sizes=_LLAMA.sizes
+    | {
+        "num_kv_heads": ("num_key_value_heads", 32),
+        "intermediate_size": ("intermediate_size", 22016),
+        "max_positions": ("max_position_embeddings", 32768),
+        "vocab_size": ("vocab_size", 151936),
+        "window_size": ("sliding_window", 4096),
+    },
+    fixed={"hidden_act": "silu", "attention_dropout": 0.0},
+    layers_key="layer_types",
+)
+# Yang et al. 2025 (arXiv 2505.09388)
+_QWEN3 = replace(
+    _QWEN2,
+    qkv_bias=False,
+    qk_norm=True,
+    model_type="qwen3",
+    model_class="Qwen3ForCausalLM",
+    sizes=_QWEN2.sizes | {"head_size": ("head_dim", 128)},
+    fixed={"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0},
+)
 FAMILIES = {
-    # Radford et al. 2019
-    "gpt2": Family(
-        fused_qkv=True,
-        qkv_bias=True,
-        attention_scale=None,
-        attention_kinds=(GLOBAL,),
-        model_type="gpt2",
-        model_class="GPT2LMHeadModel",
-        sizes={
-            "num_layers": ("n_layer", 12),
-            "hidden_size": ("n_embd", 768),
-            "num_heads": ("n_head", 12),
-            "intermediate_size": ("n_inner", None),
-            "max_positions": ("n_positions", 1024),
-            "vocab_size": ("vocab_size", 50257),
-        },
-        dropouts=("embd_pdrop", "attn_pdrop", "resid_pdrop"),
-        fixed={
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": True,
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        transposed=r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$",  # transformers' Conv1D
-    ),
-    # Black et al. 2021 (doi 10.5281/zenodo.5297715)
-    "gpt-neo": Family(
-        fused_qkv=False,
-        qkv_bias=False,
-        attention_scale=1.0,
-        attention_kinds=(GLOBAL, LOCAL),
-        model_type="gpt_neo",
-        model_class="GPTNeoForCausalLM",
-        sizes={
-            "num_layers": ("num_layers", 24),
-            "hidden_size": ("hidden_size", 2048),
-            "num_heads": ("num_heads", 16),
-            "intermediate_size": ("intermediate_size", None),
-            "max_positions": ("max_position_embeddings", 2048),
-            "vocab_size": ("vocab_size", 50257),
-            "window_size": ("window_size", 256),
-        },
-        dropouts=("embed_dropout", "attention_dropout", "resid_dropout"),
-        fixed={"activation_function": "gelu_new", "tie_word_embeddings": True},
-    ),
+    "gpt2": _GPT2,
+    "gpt-neo": _GPT_NEO,
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
 }
-_NUMBERS = {"layer_norm_epsilon": ("layer_norm_epsilon", 1e-5), "init_std": ("initializer_range", 0.02)}
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def by_turns(architecture: str, num_layers: int) -> tuple[str, ...]:
@@ -94,103 +212,6 @@ def by_turns(architecture: str, num_layers: int) -> tuple[str, ...]:
     return tuple(kinds[layer % len(kinds)] for layer in range(num_layers))
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """What a Hugging Face folder's config.json holds; `UserError` where it is no JSON object."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face folder on disk (download the model first)")
-    try:
-        return read_json_object(Path(folder, "config.json"), "copy the folder again")
-    except FileNotFoundError:
-        raise UserError(f"{folder}/config.json: no such file; give a Hugging Face folder, which has one") from None
-
-
 def find_family(model_type: Any) -> str | None:
     """The name of the family that config.json calls `model_type`, if it is one of ours."""
     return next((name for name, family in FAMILIES.items() if family.model_type == model_type), None)
-
-
-def fields_of_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of the `TransformerConfig` that a folder's config.json describes, without dropout.
-
-    Missing keys take the values that transformers gives them. Another family, a variant that computes something else
-    and values of a wrong kind are a `UserError` with a line for each obstacle.
-    """
-    path, values = Path(folder, "config.json"), read_config(folder)
-    architecture = find_family(values.get("model_type"))
-    if architecture is None:
-        known = " or ".join(f'"{family.model_type}"' for family in FAMILIES.values())
-        found = _shown(values.get("model_type"))
-        raise UserError(f"{path}: model_type {found} is not supported; give a folder of model_type {known}")
-    family = FAMILIES[architecture]
-    problems = [
-        f"{key} {_shown(values[key])} is not supported; only {_shown(only)} is"
-        for key, only in family.fixed.items()
-        if values.get(key, only) != only
-    ]
-    fields: dict[str, Any] = {"window_size": 0}
-    for name, (key, default) in family.sizes.items():
-        value = values.get(key, default)
-        if value is None and name == "intermediate_size":
-            value = 4 * fields["hidden_size"]
-        most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
-        if type(value) is not int or not 1 <= value <= most:
-            problems.append(f"{key} must be a whole number from 1 to {most}, not {_shown(value)}; correct it")
-            value = 1
-        fields[name] = value
-    for name, (key, usual) in _NUMBERS.items():
-        fields[name] = number = values.get(key, usual)
-        if type(number) not in (int, float) or not 0 < number < math.inf:
-            problems.append(f"{key} must be a positive number, not {_shown(number)}; correct it")
-    for key in _TOKEN_IDS:
-        value = values.get(key)
-        if value is not None and not (type(value) is int and 0 <= value < fields["vocab_size"]):
-            problems.append(f"{key} {_shown(value)} is no token of {fields['vocab_size']}; correct it")
-    if not problems and fields["hidden_size"] % fields["num_heads"]:
-        problems.append(f"{fields['num_heads']} heads don't divide the hidden size {fields['hidden_size']}; correct it")
-    fields["attention_layers"] = by_turns(architecture, fields["num_layers"])
-    if LOCAL in family.attention_kinds and not problems:
-        types = values.get("attention_types")
-        layers = _expand([[family.attention_kinds, 12]] if types is None else types)
-        if not layers:
-            problems.append(
-                f'attention_types {_shown(types)} is not of the form [[["global", "local"], N]]; correct it'
-            )
-        elif len(layers) != fields["num_layers"]:
-            problems.append(
-                f"attention_types names {len(layers)} layers but num_layers is {fields['num_layers']}; correct it"
-            )
-        fields["attention_layers"] = layers
-    if problems:
-        raise UserError(*(f"{path}: {problem}" for problem in problems))
-    return {"architecture": architecture, **fields}
-
-
-def config_of_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `fields_of_config`, with dropout: config.json without token ids and dtype."""
-    family, layers = FAMILIES[fields["architecture"]], list(fields["attention_layers"])
-    values = {"architectures": [family.model_class], "model_type": family.model_type, "use_cache": True, **family.fixed}
-    values |= {key: fields[name] for name, (key, _) in (family.sizes | _NUMBERS).items()}
-    values |= dict.fromkeys(family.dropouts, fields["dropout"])
-    if LOCAL in family.attention_kinds:
-        turns = len(layers) % 2 == 0 and layers == layers[:2] * (len(layers) // 2)
-        values["attention_types"] = [[layers[:2], len(layers) // 2]] if turns else [[layers, 1]]
-        values["attention_layers"] = layers
-    return values
-
-
-def _expand(types: Any) -> tuple[str, ...]:
-    """`[[["global", "local"], 12]]` is 24 layers by turns; () where it is not of that form or names too many."""
-    layers: list[str] = []
-    try:
-        for kinds, times in types:
-            if type(times) is not int or len(layers) + len(kinds) * times > MAX_LAYERS:
-                return ()
-            layers += list(kinds) * times
-        return tuple(layers) if set(layers) <= {GLOBAL, LOCAL} else ()
-    except (TypeError, ValueError):
-        return ()
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

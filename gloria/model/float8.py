@@ -27,7 +27,7 @@ def check_float8(shape: TransformerConfig, device: torch.device, precision: str)
         raise UserError(f"train.fp8: {card} has no float8, which begins with sm_89 (L4, RTX 4090, H100); leave it out")
     if precision != "bf16":
         raise UserError(f"train.fp8: goes with train.precision bf16, not {precision}; set that, or leave it out")
-    if odd := [size for size in (shape.hidden_size, shape.intermediate_size) if size % DIVISOR]:
+    if odd := [size for size in (shape.hidden_size, shape.intermediate_size, shape.kv_width) if size % DIVISOR]:
         raise UserError(f"train.fp8: sizes must be multiples of {DIVISOR}, and the model has {odd[0]}; leave it out")
     try:
         import torchao.float8  # noqa: F401

@@ -1,8 +1,8 @@
 """To and from Hugging Face folders of our families: safetensors only, one tensor in memory at a time.
 
-Parameters have the same names here and there. What differs: transformers keeps GPT-2's linear weights as (in,
-out) (its Conv1D), has no rows that pad the vocabulary, and some folders hold attention masks or leave
-`transformer.` out.
+What differs here and there: the names of parameters (`Family.names`), GPT-2's linear weights, which transformers keeps
+as (in, out) (its Conv1D), the rows that pad the vocabulary; some folders hold attention masks or frequencies, or leave
+`transformer.` or `model.` out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,13 @@ from torch import Tensor
 from gloria.data.tokenizer import load_tokenizer
 from gloria.errors import UserError
 from gloria.files import brief, partial_folder, publish, read_json_object
-from gloria.model.config import TransformerConfig, parameter_shapes, read_shape
-from gloria.model.families import config_of_fields
+from gloria.model.config import EMBEDDING, HEAD, TransformerConfig, parameter_shapes, read_shape
+from gloria.model.config_json import config_of_fields
 
 SHARD_BYTES = 5_000_000_000  # as transformers cuts; also the most that writing holds in memory
 
-_EMBEDDING = "transformer.wte.weight"
-_HEAD = "lm_head.weight"
-_MASKS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias)$")  # buffers of old versions, no parameters
+# Buffers of old versions, no parameters.
+_BUFFERS = re.compile(r"\.attn(\.attention)?\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -70,7 +70,10 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 class FolderTensors(Mapping[str, Tensor]):
-    """The parameters of a folder by our names, each read on access: fp32, our orientation, padded."""
+    """The parameters of a folder by our names, each read on access: fp32, our orientation, padded.
+
+    Where `shape` has more tokens than the folder, their rows are the mean of its own (Hewitt 2021).
+    """
 
     def __init__(self, shape: TransformerConfig, places: dict[str, tuple[Path, str]]) -> None:
         self._shape = shape
@@ -82,8 +85,10 @@ class FolderTensors(Mapping[str, Tensor]):
             tensor = file.get_tensor(key).float()
         if _is_transposed(self._shape, name):
             tensor = tensor.T.contiguous()
-        if name == _EMBEDDING:
-            tensor = torch.cat((tensor, tensor.new_zeros(self._shape.padded_vocab - len(tensor), tensor.shape[1])))
+        if name in (EMBEDDING, HEAD):
+            new = tensor.mean(dim=0).expand(self._shape.vocab_size - len(tensor), -1)
+            padding = tensor.new_zeros(self._shape.padded_vocab - self._shape.vocab_size, tensor.shape[1])
+            tensor = torch.cat((tensor, new, padding))
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -93,25 +98,27 @@ class FolderTensors(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def read_tensors(folder: str | Path) -> FolderTensors:
-    """The weights in a Hugging Face folder as a mapping that reads a tensor on access.
+def read_tensors(folder: str | Path, vocab_size: int | None = None) -> FolderTensors:
+    """The weights in a Hugging Face folder as a mapping that reads a tensor on access; for `vocab_size` tokens or more.
 
     Names and sizes are checked here, before anything is read: parameters that are missing, unknown, given twice or
     of another size than config.json says are a `UserError` with a line each.
     """
     shape = read_shape(folder)
     expected = parameter_shapes(shape)
+    ours = {shape.family.folder_name(name): name for name in (*expected, HEAD)}
+    body = shape.family.folder_name(EMBEDDING).partition(".")[0]
     places: dict[str, tuple[Path, str]] = {}
     problems = []
     for path in weight_files(folder):
         for key, size, dtype in _read_header(path):
-            name = key if key == _HEAD or key.startswith("transformer.") else f"transformer.{key}"
-            if _MASKS.search(name):
+            if _BUFFERS.search(key):
                 continue
+            name = ours.get(key) or ours.get(f"{body}.{key}") or key
             if name in places:
                 problems.append(f"{path}: {key} is given twice; copy the folder again")
             places[name] = (path, key)
-            if name == _HEAD:
+            if name == HEAD and shape.tied_head:
                 continue
             if name not in expected:
                 problems.append(f"{path}: {key} is no parameter of such a model; check config.json")
@@ -119,17 +126,22 @@ def read_tensors(folder: str | Path) -> FolderTensors:
                 problems.append(f"{path}: {key} is {size}, config.json makes it {needed}; they must agree")
             if dtype not in ("F32", "F16", "BF16", "F64"):
                 problems.append(f"{path}: {key} is of type {dtype}; give weights that are not quantised")
-    problems += [f"{folder}: {name} is missing; give a whole model" for name in expected if name not in places]
+    problems += [
+        f"{folder}: {key} is missing; give a whole model"
+        for key, name in ours.items()
+        if name in expected and name not in places
+    ]
     if problems:
         raise UserError(*problems)
-    tensors = FolderTensors(shape, {name: places[name] for name in expected})
-    if _HEAD in places:
-        path, key = places[_HEAD]
+    if HEAD in places and shape.tied_head:
+        path, key = places[HEAD]
+        tensors = FolderTensors(shape, places)
         with safe_open(path, framework="pt") as file:
-            tied = torch.equal(file.get_tensor(key).float(), tensors[_EMBEDDING][: shape.vocab_size])
+            tied = torch.equal(file.get_tensor(key).float(), tensors[EMBEDDING][: shape.vocab_size])
         if not tied:
-            raise UserError(f"{folder}: {_HEAD} is not the token embedding; only models with a tied head are read")
-    return tensors
+            raise UserError(f"{folder}: {HEAD} is not the token embedding, to which config.json ties it; correct it")
+    grown = replace(shape, vocab_size=max(shape.vocab_size, vocab_size or 0))
+    return FolderTensors(grown, {name: places[name] for name in expected})
 
 
 def write_folder(
@@ -178,7 +190,7 @@ def _is_transposed(shape: TransformerConfig, name: str) -> bool:
 
 
 def _size_in_folder(shape: TransformerConfig, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
-    if name == _EMBEDDING:
+    if name in (EMBEDDING, HEAD):
         return (shape.vocab_size, size[1])
     return size[::-1] if _is_transposed(shape, name) else size
 
@@ -200,17 +212,18 @@ def _write_weights(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    expected = parameter_shapes(shape)
+    expected = {shape.family.folder_name(name) for name in parameter_shapes(shape)}
     parts: list[list[str]] = []  # the names in each file
     total_bytes = 0
-    for part in _cut(((name, _to_folder(shape, name, x, dtype)) for name, x in tensors), shard_bytes):
+    renamed = shape.family.folder_name
+    for part in _cut(((renamed(name), _to_folder(shape, name, x, dtype)) for name, x in tensors), shard_bytes):
         save_file(part, folder / f"part-{len(parts)}", metadata={"format": "pt"})
         parts.append(list(part))
         total_bytes += sum(tensor.nbytes for tensor in part.values())
         part.clear()  # else it would stay in memory while the next one fills
     written = set(chain.from_iterable(parts))
-    assert written <= expected.keys(), written - expected.keys()
-    if missing := expected.keys() - written:
+    assert written <= expected, written - expected
+    if missing := expected - written:
         raise UserError(*(f"model: {name} is missing among the weights" for name in sorted(missing)))
     if len(parts) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
@@ -243,7 +256,7 @@ def _to_folder(shape: TransformerConfig, name: str, tensor: Tensor, dtype: torch
         raise UserError(
             f"model: {name} holds NaN or infinity, so the model is of no use; go back to an earlier checkpoint (--step)"
         )
-    if name == _EMBEDDING:
+    if name in (EMBEDDING, HEAD):
         tensor = tensor[: shape.vocab_size]
     elif _is_transposed(shape, name):
         tensor = tensor.T

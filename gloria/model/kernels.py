@@ -69,8 +69,11 @@ def _obstacle(kernel: str, shape: TransformerConfig, device: torch.device, preci
         return "this torch is built without flash attention"
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
 
-    if not {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
+    taken = set(inspect.signature(varlen_attn).parameters)
+    if not {"scale", "window_size"} <= taken:
         return f"varlen_attn of torch {torch.__version__} has no window"
+    if shape.kv_heads < shape.num_heads and "enable_gqa" not in taken:
+        return f"varlen_attn of torch {torch.__version__} has no grouped queries"
     return ""
 
 

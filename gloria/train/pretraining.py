@@ -332,7 +332,7 @@ def _initialise(run: Run) -> None:
     """The starting weights: a Hugging Face folder's, or random ones that no number of ranks changes."""
     config, shape = run.config, run.objective.plan.shape
     if config.model.from_:
-        tensors = read_tensors(config.model.from_)
+        tensors = read_tensors(config.model.from_, shape.vocab_size)
         fill_parameters(run.model, lambda name, size: tensors[name])
     else:
         fill_parameters(run.model, lambda name, size: initial_value(name, size, shape, run.seed))

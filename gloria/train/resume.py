@@ -22,6 +22,7 @@ from gloria.dist.signals import ASKED, stop_reason
 from gloria.dist.watchdog import Watchdog
 from gloria.errors import UserError
 from gloria.files import brief
+from gloria.model.config import TransformerConfig
 from gloria.optim import schedules
 from gloria.train.config import PretrainConfig, RunPlan
 from gloria.train.meter import SavedMeter
@@ -137,7 +138,7 @@ def changes_since(trainer: Mapping[str, Any], config: PretrainConfig, plan: RunP
 
     Raises UserError with every change that cannot be: it names the key, both values and the remedy.
     """
-    before, now = trainer["model"], plan.shape.to_dict()
+    before, now = TransformerConfig.from_dict(trainer["model"]).to_dict(), plan.shape.to_dict()
     problems = [
         f"model.{key}: the run's is {before.get(key)}, not {value}; set {before.get(key)}, or begin another run"
         for key, value in now.items()

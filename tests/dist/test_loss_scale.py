@@ -155,8 +155,8 @@ def test_unscaled_scores_beyond_fp16_do_not_overflow(window):
     outputs = []
     for dtype in (torch.float32, torch.float16):
         masks = attention_masks(2, 32, window, None, device=CPU, dtype=dtype)
-        inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
-        outputs.append(attend(*inputs, masks, num_heads=2, window=window, scale=1.0, dropout=0.0))
+        inputs = [tensor.to(dtype).unflatten(-1, (2, 8)).requires_grad_() for tensor in (query, key, value)]
+        outputs.append(attend(*inputs, masks, window=window, scale=1.0, dropout=0.0))
         outputs[-1].sum().backward()
         assert all(tensor.grad.isfinite().all() for tensor in inputs)
     torch.testing.assert_close(outputs[1].float(), outputs[0], rtol=2e-3, atol=2e-3)

@@ -21,13 +21,13 @@ from gloria.model.config import PRESETS
 from gloria.model.transformer import Transformer
 from tests.varlen import check_arguments
 
-HEADS, HEAD_DIM = 2, 4
+HEADS, HEAD_DIM = 4, 2
 
 
-def random_inputs(batch: int, length: int, seed: int = 0) -> list[Tensor]:
+def random_inputs(batch: int, length: int, seed: int = 0, kv_heads: int = HEADS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    size = (batch, length, HEADS * HEAD_DIM)
-    return [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    sizes = [(batch, length, heads, HEAD_DIM) for heads in (HEADS, kv_heads, kv_heads)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
 
 
 def blockwise(
@@ -38,16 +38,17 @@ def blockwise(
     dropout: float = 0.0,
     kernel: str = "sdpa",
 ) -> Tensor:
-    batch, length, _ = inputs[0].shape
+    batch, length = inputs[0].shape[:2]
     device, dtype = inputs[0].device, inputs[0].dtype
     masks = attention_masks(batch, length, window, documents, device=device, dtype=dtype, kernel=kernel)
-    return attend(*inputs, masks, num_heads=HEADS, window=window, scale=scale, dropout=dropout)
+    return attend(*inputs, masks, window=window, scale=scale, dropout=dropout)
 
 
 def stated(inputs: list[Tensor], window: int, documents: Tensor | None, scale: float = 1.0) -> Tensor:
     """One token at a time, from the definition."""
-    batch, length, hidden = inputs[0].shape
-    query, key, value = (x.view(batch, length, HEADS, HEAD_DIM) for x in inputs)
+    batch, length = inputs[0].shape[:2]
+    query = inputs[0]
+    key, value = (x[:, :, [head * x.shape[2] // HEADS for head in range(HEADS)]] for x in inputs[1:])
     rows = []
     for row in range(batch):
         for i in range(length):
@@ -57,8 +58,8 @@ def stated(inputs: list[Tensor], window: int, documents: Tensor | None, scale: f
                 if (window == 0 or i - j < window) and (documents is None or documents[row, j] == documents[row, i])
             ]
             scores = torch.einsum("hd,jhd->hj", query[row, i], key[row, seen]) * scale
-            rows.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), value[row, seen]).reshape(hidden))
-    return torch.stack(rows).view(batch, length, hidden)
+            rows.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), value[row, seen]).flatten())
+    return torch.stack(rows).view(batch, length, -1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,13 +67,16 @@ def stated(inputs: list[Tensor], window: int, documents: Tensor | None, scale: f
     length=st.integers(1, 14),
     window=st.integers(0, 6),
     cuts=st.one_of(st.none(), st.lists(st.booleans(), min_size=28, max_size=28)),
+    kv_heads=st.sampled_from([HEADS, 2, 1]),
 )
-def test_values_and_gradients_are_those_of_the_definition(length: int, window: int, cuts: list | None) -> None:
+def test_values_and_gradients_are_those_of_the_definition(
+    length: int, window: int, cuts: list | None, kv_heads: int
+) -> None:
     documents = None
     if cuts is not None:
         documents = torch.tensor(cuts).view(2, 14).cumsum(1)[:, :length]
-    inputs = random_inputs(2, length)
-    weights = torch.randn_like(inputs[0])
+    inputs = random_inputs(2, length, kv_heads=kv_heads)
+    weights = torch.randn_like(inputs[0]).flatten(2)
     ours, wanted = blockwise(inputs, window, documents), stated(inputs, window, documents)
     torch.testing.assert_close(ours, wanted)
     for mine, theirs in zip(
@@ -87,16 +91,19 @@ def test_values_and_gradients_are_those_of_the_definition(length: int, window: i
     length=st.integers(1, 14),
     window=st.integers(0, 15),
     ends=st.one_of(st.none(), st.lists(st.booleans(), min_size=28, max_size=28)),
+    kv_heads=st.sampled_from([HEADS, 2, 1]),
 )
-def test_varlen_flash_is_given_what_the_definition_says(length: int, window: int, ends: list | None) -> None:
+def test_varlen_flash_is_given_what_the_definition_says(
+    length: int, window: int, ends: list | None, kv_heads: int
+) -> None:
     """The arguments of CUDA's kernel, run by its definition; and the bounds of documents mean the same to sdpa."""
     bounds = documents = None
     if ends is not None:
         ids = np.array(ends, np.uint16).reshape(2, 14)[:, :length]  # token 1 is EOS
         bounds = torch.from_numpy(document_bounds(ids, eos_id=1))
         documents = torch.from_numpy(np.cumsum(ids, axis=1) - ids)  # an EOS belongs to the document it ends
-    inputs = random_inputs(2, length)
-    weights = torch.randn_like(inputs[0])
+    inputs = random_inputs(2, length, kv_heads=kv_heads)
+    weights = torch.randn_like(inputs[0]).flatten(2)
     wanted = stated(inputs, window, documents)
     gradients = torch.autograd.grad((wanted * weights).sum(), inputs)
     for kernel in ("varlen", "sdpa"):
@@ -114,7 +121,7 @@ def test_flex_attention_sees_what_the_others_see(window: int, ends: tuple[int, .
         ids = np.zeros((2, 200), np.int32)
         ids[1, list(ends)] = 1
         bounds = torch.from_numpy(document_bounds(ids, eos_id=1))
-    inputs = [x.detach().float() for x in random_inputs(2, 200)]
+    inputs = [x.detach().float() for x in random_inputs(2, 200, kv_heads=2)]
     ours, wanted = (blockwise(inputs, window, bounds, kernel=kernel) for kernel in ("flex", "varlen"))
     torch.testing.assert_close(ours, wanted)
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gloria.errors import UserError
-from gloria.model.config import TransformerConfig
+from gloria.model.config import EMBEDDING, HEAD, TransformerConfig
 from gloria.model.huggingface import read_shape, read_tensors, weight_files, write_folder
-from tests.tiny_models import GPT2, GPT_NEO, SHAPES, make_tokenizer, uneven_model
+from tests.tiny_models import GPT2, GPT_NEO, LLAMA, SHAPES, make_tokenizer, uneven_model
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_what_is_written_is_read_back_bit_for_bit(
     assert read_shape(out) == replace(SHAPES[family], vocab_size=600)
     read = read_tensors(out)
     assert list(read) == list(parameters)
+    assert read_shape(out).family == SHAPES[family].family
     for name, tensor in read.items():
         assert torch.equal(tensor, parameters[name]), name
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -96,7 +97,7 @@ def test_layers_that_do_not_take_turns_survive(tmp_path: Path, tokenizer_folder:
     assert read_shape(tmp_path / "out").attention_layers == ("local", "local", "global")
 
 
-def test_masks_of_old_versions_and_a_tied_head_are_passed_over(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_buffers_of_old_versions_and_a_tied_head_are_passed_over(tmp_path: Path, tokenizer_folder: Path) -> None:
     parameters = write(tmp_path / "out", GPT2, tokenizer_folder)
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
@@ -104,6 +105,7 @@ def test_masks_of_old_versions_and_a_tied_head_are_passed_over(tmp_path: Path, t
         "lm_head.weight": tensors["transformer.wte.weight"].clone(),
         "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
     }
     save_file({**tensors, **extra}, file)
     assert list(read_tensors(tmp_path / "out")) == list(parameters)
@@ -144,8 +146,25 @@ def test_an_untied_head_is_refused(tmp_path: Path, tokenizer_folder: Path) -> No
     write(tmp_path / "out", GPT2, tokenizer_folder)
     change_weights(tmp_path / "out", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(600, 32)}))
     assert problems(lambda: read_tensors(tmp_path / "out")) == (
-        f"{tmp_path}/out: lm_head.weight is not the token embedding; only models with a tied head are read",
+        f"{tmp_path}/out: lm_head.weight is not the token embedding, to which config.json ties it; correct it",
     )
+
+
+@pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["tied", "own head"])
+def test_rows_of_new_tokens_begin_as_the_mean_of_the_others(
+    shape: TransformerConfig, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    parameters = write(tmp_path / "out", shape, tokenizer_folder)
+    read = read_tensors(tmp_path / "out", 700)
+    for name, tensor in read.items():
+        if name not in (EMBEDDING, HEAD):
+            assert torch.equal(tensor, parameters[name])
+            continue
+        assert len(tensor) == 768
+        assert torch.equal(tensor[:600], parameters[name][:600])
+        torch.testing.assert_close(tensor[600:700], parameters[name][:600].mean(0).expand(100, -1))
+        assert not tensor[700:].any()
+    assert (HEAD in read) == (shape == LLAMA)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gloria.model.config import PRESETS, TransformerConfig, count_parameters, parameter_shapes
+from gloria.model.config import EMBEDDING, HEAD, PRESETS, TransformerConfig, count_parameters, parameter_shapes
 from gloria.model.transformer import Transformer, initial_value
 from tests import varlen  # noqa: F401, which has the operation of "varlen" on CPU
 from tests.tiny_models import GPT2, GPT_NEO, SHAPES, build_model, gradients, random_ids, uneven_model
@@ -115,15 +115,16 @@ def test_rows_padded_on_the_left_have_the_hidden_states_of_the_rows_alone(shape:
     hidden = model.hidden_states(ids, documents=mask, positions=mask.cumsum(1) - 1)
     for number, row in enumerate(rows):
         torch.testing.assert_close(hidden[number, -row.shape[1] :], model.hidden_states(row)[0], rtol=0, atol=1e-5)
-    # Without the positions they are others, or this could not fail.
-    assert (model.hidden_states(ids, documents=mask)[1, -1] - hidden[1, -1]).abs().max() > 1e-3
+    # Without the positions they are others, or this could not fail; but rotary ones are distances alone.
+    same = (model.hidden_states(ids, documents=mask)[1, -1] - hidden[1, -1]).abs().max() < 1e-3
+    assert same == shape.family.rotary
 
 
 @families
 def test_rows_that_pad_the_vocabulary_learn_nothing(shape: TransformerConfig) -> None:
-    embedding = train_gradients(uneven_model(shape))["transformer.wte.weight"]
-    assert embedding[: shape.vocab_size].abs().amax(dim=1).min() > 0
-    assert not embedding[shape.vocab_size :].any()
+    found = train_gradients(uneven_model(shape))
+    assert found[EMBEDDING if shape.tied_head else HEAD][: shape.vocab_size].abs().amax(dim=1).min() > 0
+    assert not any(found[name][shape.vocab_size :].any() for name in (EMBEDDING, HEAD) if name in found)
 
 
 @families

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from gloria.dist.process import Process
 
-FAMILIES = ("gpt2", "gpt_neo", "bert", "deberta-v2", "gpt_neox", "llama")
+FAMILIES = ("gpt2", "gpt_neo", "llama", "bert", "deberta-v2", "gpt_neox")
+OWN = FAMILIES[:3]  # run through gloria.model, as Mistral and Qwen do
 ENCODERS = ("bert", "deberta-v2", "roberta", "electra", "distilbert")
 SENTENCE = "o a gato cão rato mesa casa rua dorme come corre vê um uma grande pequeno preto branco sim não no na de"
 WORDS = SENTENCE.split()
@@ -53,6 +54,7 @@ _SHAPES = {
     "opt": {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt_neox": _COMMON,
     "llama": {**_COMMON, "num_key_value_heads": 2},
+    "mistral": {**_COMMON, "num_key_value_heads": 2, "sliding_window": 8},
 }
 
 
@@ -99,7 +101,7 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     if family in ENCODERS:
         names, pairs = ("[CLS]", "[SEP]"), "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
         single, kept = "[CLS] $A [SEP]", ("cls_token", "sep_token", "pad_token")
-    elif family in ("llama", "opt"):
+    elif family in ("llama", "mistral", "opt"):
         names, single, pairs, kept = ("<s>",), "<s> $A", "<s> $A <s>:1 $B:1", ("eos_token", "bos_token")
     else:
         names, single, pairs, kept = (), "$A", "$A $B:1", ("eos_token",)

@@ -1,6 +1,7 @@
 """Models to fine-tune or score: our checkpoints, and Hugging Face models of any family.
 
-GPT-2 and GPT-Neo run through `gloria.model`, everything else through transformers, as fp32. Weights are read from
+GPT-2, GPT-Neo, LLaMA, Mistral and Qwen run through `gloria.model`, everything else, variants of these too, through
+transformers, as fp32. Weights are read from
 safetensors files by this module alone; code in a folder never runs. What a model can do is found from its configuration
 and its outputs, never from its name.
 """
@@ -14,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,8 +40,8 @@ from gloria.dist.manifest import run_and_step
 from gloria.errors import UserError, warn
 from gloria.files import read_json_object
 from gloria.model.config import TransformerConfig, read_shape
+from gloria.model.config_json import obstacles, read_config
 from gloria.model.decode import begin
-from gloria.model.families import find_family, read_config
 from gloria.model.huggingface import read_tensors, weight_files, write_folder
 from gloria.model.transformer import Block, Transformer
 
@@ -86,11 +86,17 @@ class LoadedModel:
     max_length: int | None  # tokens the model can see at once; None: no limit is known
     language_model: nn.Module | None  # with the head that predicts the next token, where it was requested
     pads_left: bool = True  # padding on the left changes nothing that the language model writes
+    behind_eos: bool = False  # its documents began behind an EOS, see `encode.start_ids`
+    more_ends: frozenset[int] = frozenset()  # tokens that end a text besides the tokenizer's EOS
 
     def require_language_model(self) -> nn.Module:
         """The language model of a model that was loaded with it."""
         assert self.language_model is not None, f"{self.source} was loaded without its language model"
         return self.language_model
+
+    def end_ids(self) -> set[int]:
+        """The tokens that end a text."""
+        return {self.tokenizer.eos_token_id, *self.more_ends} - {None}
 
 
 def load_model(name: str, *, language_model: bool = False) -> LoadedModel:
@@ -164,6 +170,9 @@ def build(kind: Any, folder: Path, config: PretrainedConfig) -> tuple[PreTrained
         raise UserError(f"{folder}: config.json has {layers} layers, the weights {len(tensors)} tensors; copy it again")
     with torch.device("meta"):
         model_class = type(kind.from_config(config))
+    if not any(name.startswith(f"{model_class.base_model_prefix}.") for name in tensors):
+        # LlamaForQuestionAnswering has another name for its body than LlamaForCausalLM; a body alone suits both.
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     options = {"config": config, "state_dict": tensors, "dtype": torch.float32, "output_loading_info": True}
     return model_class.from_pretrained(None, **options)
 
@@ -190,7 +199,9 @@ def checkpoint_activations(backbone: Backbone, kind: str) -> None:
             block.activation_checkpointing = kind
         return
     if kind == "selective":
-        raise UserError("train.activation_checkpointing: selective is for GPT-2 and GPT-Neo; set it to full or none")
+        raise UserError(
+            "train.activation_checkpointing: selective is not for models of transformers; set it to full or none"
+        )
     if kind == "full":
         # The older name goes with transformers 6, and 5.17 does not have the newer one.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -223,16 +234,25 @@ def _load_checkpoint(checkpoint: Path) -> LoadedModel:
         raise UserError(f"--model: {run} is an unfinished fine-tuning; its best model so far is {run / 'model'}")
     shape = TransformerConfig.from_dict(state["model"])
     tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer")
-    return _own(str(checkpoint), shape, read_full_tensors(checkpoint, "model."), tokenizer)
+    return replace(_own(str(checkpoint), shape, read_full_tensors(checkpoint, "model."), tokenizer), behind_eos=True)
 
 
 def _load_folder(name: str, folder: Path, language_model: bool) -> LoadedModel:
     weight_files(folder)
-    if find_family(read_config(folder).get("model_type")) is None:
-        return _load_foreign(name, folder, language_model)
-    shape = read_shape(folder)  # no config of ours reaches transformers
-    _check_ids(folder, shape.vocab_size)
-    return _own(name, shape, read_tensors(folder).items(), load_tokenizer(folder))
+    values, behind_eos = read_config(folder), False
+    if obstacles(values):
+        loaded = _load_foreign(name, folder, language_model)
+    else:
+        shape = read_shape(folder)  # no config of ours reaches transformers
+        _check_ids(folder, shape.vocab_size)
+        loaded = _own(name, shape, read_tensors(folder).items(), load_tokenizer(folder))
+        behind_eos = (bos := values.get("bos_token_id")) is not None and bos == values.get("eos_token_id")
+    generation = folder / "generation_config.json"
+    ends = (read_json_object(generation, "copy the folder again") if generation.is_file() else values).get(
+        "eos_token_id"
+    )
+    more_ends = frozenset(ends if isinstance(ends, list) else [ends]) - {None}
+    return replace(loaded, behind_eos=behind_eos, more_ends=more_ends)
 
 
 def _own(
@@ -246,6 +266,8 @@ def _own(
         model = Transformer(shape)
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     model.requires_grad_(True)  # tensors read from a file have no gradients
+    if model.lm_head is not None:
+        model.lm_head.requires_grad_(False)  # tasks have heads of their own
     backbone = Backbone(model, causal=True, hidden_size=shape.hidden_size, token_types=False)
     return LoadedModel(source, backbone, tokenizer, _shorter(shape.max_positions, tokenizer), model)
 
@@ -264,8 +286,6 @@ def _load_foreign(name: str, folder: Path, language_model: bool) -> LoadedModel:
         if language_model and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise _no_language_model(name, config)
         model, info = build(AutoModelForCausalLM if language_model else AutoModel, folder, config)
-        if language_model and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)  # which names tokens that end a text
         backbone = Backbone(
             model.base_model if language_model else model,
             causal=False,

@@ -24,6 +24,7 @@ from gloria.dist.process import Process
 from gloria.dist.transfer import to_device
 from gloria.errors import UserError
 from gloria.tasks.examples import NOT_FOUND, Pair, Span
+from gloria.tasks.models.backbones import LoadedModel
 from gloria.tasks.models.heads import LABEL, SCORE, SPAN
 from gloria.tasks.task import Task
 
@@ -90,6 +91,31 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[A
         list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
     )
     return [encoding[number] for number in range(len(texts))]
+
+
+def start_ids(loaded: LoadedModel, *, needed: bool) -> list[int]:
+    """What a text begins with, for generation and every score. This is the rule:
+
+    Our corpora have no BOS, and documents begin behind an EOS. So a run of ours begins with EOS, and so does a folder
+    that `gloria.model` runs and whose config.json has one token for BOS and EOS: our exports (also of a LLaMA that was
+    trained on), GPT-2, GPT-Neo, SmolLM, Qwen. A BOS that such a model's tokenizer adds all the same is left out. Any
+    other model begins with what its tokenizer adds (LLaMA, Mistral: BOS), and where that is nothing with BOS or else
+    EOS. What no tokenizer adds is put there only where it is `needed`: to write or score a whole document.
+    """
+    tokenizer = loaded.tokenizer
+    added = tokenizer("a")["input_ids"]
+    own = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = added[: len(added) - len(own)] if added[len(added) - len(own) :] == own else added[:1]
+    first = tokenizer.eos_token_id
+    if loaded.behind_eos:
+        start = [token for token in start if token == first]
+    elif tokenizer.bos_token_id is not None:
+        first = tokenizer.bos_token_id
+    if start or not needed:
+        return start
+    if first is None:
+        raise UserError("--model: its tokenizer has neither BOS nor EOS, and a text must begin with one; name one")
+    return [first]
 
 
 def encode_pairs(task: Task, examples: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gloria.dist.process import Process
 from gloria.errors import UserError
-from gloria.model.decode import OwnCache, begin, end_ids
+from gloria.model.decode import OwnCache, begin
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import LoadedModel
-from gloria.tasks.models.encode import rank_batches, sum_over_ranks, tokenize
+from gloria.tasks.models.encode import rank_batches, start_ids, sum_over_ranks, tokenize
 
 _CHUNK = 1024  # places whose logits, (chunk, vocab) in fp32, are held at once
 
@@ -43,19 +43,6 @@ class Settings:
     is_over: Callable[[str], bool] = lambda text: False
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase, *, needed: bool) -> list[int]:
-    """What a text begins with: what the tokenizer puts there, or where something is `needed`, BOS or else EOS."""
-    added = tokenizer("a")["input_ids"]
-    own = tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = added[: len(added) - len(own)] if added[len(added) - len(own) :] == own else added[:1]
-    if start or not needed:
-        return start
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise UserError("--model: its tokenizer has neither BOS nor EOS, and a text must begin with one; name one")
-    return [first]
-
-
 def make_requests(loaded: LoadedModel, texts: Sequence[tuple[str, str]]) -> tuple[list[Request], int]:
     """A request for each (context, answer), and how many contexts were cut on the left to fit.
 
@@ -66,7 +53,7 @@ def make_requests(loaded: LoadedModel, texts: Sequence[tuple[str, str]]) -> tupl
     contexts = tokenize(loaded.tokenizer, [context for context, _ in texts])
     made, cut = [], 0
     for whole, context, (_, answer) in zip(wholes, contexts, texts):
-        start = start_ids(loaded.tokenizer, needed=not context.ids)
+        start = start_ids(loaded, needed=not context.ids)
         scored = len(whole.ids) - min(len(context.ids), len(whole.ids) - 1)
         ids = start + whole.ids
         room = (loaded.max_length or len(ids)) + 1
@@ -130,7 +117,7 @@ def continuations(
     A continuation ends after `max_new_tokens`, at EOS, or when its text `is_over`. A prompt is read once for all
     settings, and those with the same penalty share the tokens that come after it.
     """
-    starts = [start_ids(loaded.tokenizer, needed=not row.ids) + row.ids for row in tokenize(loaded.tokenizer, prompts)]
+    starts = [start_ids(loaded, needed=not row.ids) + row.ids for row in tokenize(loaded.tokenizer, prompts)]
     rows: dict[tuple[int, int], dict[float, _Row]] = {}  # by prompt and how much of it is left, and by penalty
     kept: list[list[list[int]]] = []  # for each of the settings the prompts as they fit
     for number, setting in enumerate(settings):
@@ -183,7 +170,7 @@ def _decode(loaded: LoadedModel, groups: Sequence[Sequence[_Row]], device: torch
         index = torch.tensor(going, device=device)
         state.keep(index)
         logits = logits[index]
-    rows, ends = live, end_ids(model, loaded.tokenizer.eos_token_id)
+    rows, ends = live, loaded.end_ids()
     while True:
         tokens = _penalise(logits, live).argmax(dim=1)
         for row, token in zip(live, tokens.tolist()):

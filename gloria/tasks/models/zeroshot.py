@@ -27,7 +27,7 @@ from gloria.tasks.examples import (
 )
 from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES
 from gloria.tasks.models.backbones import LoadedModel
-from gloria.tasks.models.encode import tokenize
+from gloria.tasks.models.encode import start_ids, tokenize
 from gloria.tasks.models.loglikelihood import (
     Request,
     Settings,
@@ -35,7 +35,6 @@ from gloria.tasks.models.loglikelihood import (
     log_likelihoods,
     make_requests,
     perplexity_scores,
-    start_ids,
     windows,
 )
 from gloria.tasks.prompts import Prompt, choose_shots, original_prompt, prompt, read_original
@@ -213,7 +212,7 @@ def perplexity(
     loaded: LoadedModel, texts: Sequence[str], length: int, stride: int, batch: int, process: Process
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Perplexities and bits per byte of documents, each on its own, and counts; EOS is not scored."""
-    start = start_ids(loaded.tokenizer, needed=True)
+    start = start_ids(loaded, needed=True)
     requests: list[Request] = []
     for row in tokenize(loaded.tokenizer, texts):
         requests += windows(start[-1:] + row.ids, length, stride)

@@ -23,7 +23,7 @@ from gloria.errors import UserError
 from gloria.model.transformer import Transformer
 from gloria.tasks.models.backbones import load_model, longest_block_list
 from gloria.tasks.models.encode import read_template
-from tests.tasks.tiny import ENCODERS, FAMILIES, make_folder, make_tokenizer
+from tests.tasks.tiny import ENCODERS, FAMILIES, OWN, make_folder, make_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -40,7 +40,7 @@ def test_a_family_is_recognised_by_rule(folders, family):
     assert loaded.backbone.causal == (family not in ENCODERS)
     # DeBERTa's tokenizer makes token types, its model has none.
     assert loaded.backbone.token_types == (family == "bert")
-    assert isinstance(loaded.backbone.body, Transformer) == (family in ("gpt2", "gpt_neo"))
+    assert isinstance(loaded.backbone.body, Transformer) == (family in OWN)
     assert loaded.max_length == 96
     assert len(longest_block_list(loaded.backbone.body)) == 2
 
@@ -94,7 +94,7 @@ def test_a_folder_of_bf16_is_loaded_as_fp32(folders, tmp_path):
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         edit_config(dtype="bfloat16")(folder)
 
-    loaded = load_model(changed(folders["llama"], tmp_path / "half", halve))
+    loaded = load_model(changed(folders["gpt_neox"], tmp_path / "half", halve))
     assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.float32}
 
 
@@ -147,7 +147,7 @@ DAMAGED = [
     (edit_config(eos_token_id=10**9), "config.json: eos_token_id 1000000000 is no token of 323; correct it"),
     (edit_config(pad_token_id="one"), "cannot be loaded (Validation error for field 'pad_token_id': TypeError: "),
     (edit_config(pad_token_id=323), "config.json: pad_token_id 323 is no token of 323; correct it"),
-    (edit_config(num_hidden_layers=10**9), "config.json has 1000000000 layers, the weights 21 tensors; copy it again"),
+    (edit_config(num_hidden_layers=10**9), "config.json has 1000000000 layers, the weights 28 tensors; copy it again"),
     (edit_config(num_hidden_layers="two"), "cannot be loaded ("),
     (edit_config(hidden_size=[32]), "cannot be loaded ("),
     (edit_config(vocab_size=None), "cannot be loaded ("),
@@ -164,7 +164,7 @@ DAMAGED = [
 def test_a_damaged_folder_is_refused_in_a_line(number, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     change, line = DAMAGED[number]
-    name = changed(folders["llama"], tmp_path / "model", change)
+    name = changed(folders["gpt_neox"], tmp_path / "model", change)
     with pytest.raises(UserError) as caught:
         load_model(name)
     (problem,) = caught.value.problems
@@ -239,7 +239,7 @@ def test_encoder_decoders_and_models_that_see_ahead_are_refused(tmp_path):
     assert (loaded.backbone.causal, loaded.max_length) == (False, None)
 
 
-@pytest.mark.parametrize("family", ["gpt_neo", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neo", "llama", "gpt_neox"])
 def test_weights_that_are_not_finite_are_reported(family, folders, tmp_path, capsys):
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
