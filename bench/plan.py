@@ -176,7 +176,7 @@ def _counted_flops(run) -> int:
 def _tensors(config, plan) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from gloria.model.memory import executed_flops_per_token
+    from gloria.model.memory import executed_flops_per_token, newton_schulz_flops
     from gloria.train.config import peak_of_step
 
     with ExitStack() as until_counted:
@@ -196,7 +196,8 @@ def _tensors(config, plan) -> dict[str, float]:
             keep_gathered=run.keep_gathered,
         ).total,
         "tensors": _peak_of_steps(profiled.profiler.kineto_results.events()),
-        "flops": per_token * train.global_batch * train.sequence_length // plan.world,
+        "flops": per_token * train.global_batch * train.sequence_length // plan.world
+        + (newton_schulz_flops(plan.shape) if config.optim.name == "muon" else 0),
         "counted": flops,
     }
 

@@ -9,7 +9,6 @@ is wrong and what to do about it. Exit status 2 where something is wrong.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -49,7 +48,7 @@ from gloria.dist.process import (
 )
 from gloria.errors import UserError, run_command
 from gloria.files import size_text
-from gloria.model.config import count_parameters
+from gloria.model.memory import saved_bytes
 from gloria.train.config import PretrainConfig, RunPlan, plan_run, read_pretrain_config
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -57,7 +56,6 @@ WAIT_MINUTES = 2.0  # for the slowest rank to start
 MOST_SKEW = 2.0  # seconds between clocks: beyond it, times in logs of several nodes mislead
 READ_BYTES, READ_SECONDS = 256 << 20, 5.0  # of the corpus, by each node: the first limit that is met
 CHUNK_BYTES = 8 << 20
-CHECKPOINT_BYTES = 12  # a parameter: the fp32 weight and the optimizer's two averages
 
 Facts = dict[str, Any]  # what one rank found out: plain JSON
 
@@ -373,8 +371,7 @@ def _attempt(action: Callable[[], Any]) -> str:
 
 def _disk_row(config: PretrainConfig, plan: RunPlan) -> Row:
     """Room for the checkpoints that will be there at once, less those already there."""
-    padded = dataclasses.replace(plan.shape, vocab_size=plan.shape.padded_vocab)
-    each = CHECKPOINT_BYTES * count_parameters(padded)["total"]
+    each = saved_bytes(plan.shape, config.optim.name)
     there = len(saved_steps(Path(config.run.dir)))
     count = max(config.checkpoint.most_at_once(plan.total_steps) - there, 1)
     place = next(path for path in (Path(config.run.dir), *Path(config.run.dir).absolute().parents) if path.exists())

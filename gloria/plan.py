@@ -22,7 +22,7 @@ from gloria.dist.gpus import CARDS, ELEMENT_BYTES, GPU, gpus_here, precision_on,
 from gloria.errors import UserError, run_command, warn
 from gloria.files import size_text
 from gloria.model.config import PRESETS, TransformerConfig, count_parameters, flops_per_token, read_shape, resolve_shape
-from gloria.model.memory import STATE_BYTES, Memory, executed_flops_per_token
+from gloria.model.memory import Memory, executed_flops_per_token, newton_schulz_flops, saved_bytes
 from gloria.train.config import PretrainConfig, located, peak_of_step, plan_run, read_pretrain_config
 from gloria.train.forecast import (
     MFU,
@@ -277,8 +277,11 @@ def lines_of(job: Job, machine: Machine) -> Iterator[str]:
     yield f"memory       {here.memory.describe()}"
     yield f"  {card.name} has {machine.usable / 2**30:.2f} GiB for tensors: {'fits' if here.fits else 'DOES NOT FIT'}"
     yield f"weights      {here.gathered.describe()}"
-    if job.config.optim.name != "adamw":
-        yield f"  not counted: what a step of {job.config.optim.name} works with besides its two averages"
+    if job.config.optim.name == "radam":
+        yield "  not counted: what a step of radam works with besides its two averages"
+    if job.config.optim.name == "muon":
+        more = newton_schulz_flops(shape) * job.config.dist.replicas / (model_flops * job.step_tokens)
+        yield f"muon         its products add {100 * more:.2g} % to a step's operations"
     yield from mode_lines(job, machine)
     yield from disk_lines(job, machine)
     behind = "" if here.compute is None else f", behind {here.compute:.3g} s of computing"
@@ -324,9 +327,7 @@ def mode_lines(job: Job, machine: Machine) -> Iterator[str]:
 def disk_lines(job: Job, machine: Machine) -> Iterator[str]:
     """Size of a checkpoint, how many there are at most, and the host memory of a save in the background."""
     keep = job.config.checkpoint
-    each = (
-        3 * STATE_BYTES * count_parameters(dataclasses.replace(job.shape, vocab_size=job.shape.padded_vocab))["total"]
-    )
+    each = saved_bytes(job.shape, job.config.optim.name)
     saved = -(-job.total_steps // keep.every)
     most = keep.most_at_once(job.total_steps)
     yield (

@@ -15,7 +15,7 @@ from gloria.dist.gpus import CARDS, card_of_cuda_name, gpus_here, read_gpus
 from gloria.dist.state import shard_rows
 from gloria.errors import run_command
 from gloria.model.config import PRESETS, count_parameters, flops_per_token, parameter_shapes
-from gloria.model.memory import executed_flops_per_token, traffic_per_step
+from gloria.model.memory import executed_flops_per_token, newton_schulz_flops, traffic_per_step
 from gloria.train.config import read_pretrain_config
 
 RECIPE = ["--config", "launch/gloria-1.3b.toml", "--gpus", "4xA100-40GB"]
@@ -59,6 +59,17 @@ def test_the_original_recipe_in_numbers(capsys: pytest.CaptureFixture[str]) -> N
         f"{9 * each / 1e9:.3g} GB"
     )
     assert lines["unknown"].startswith("unknown      shares of the recipe: ptwiki 0.0990, ")
+
+
+def test_muon_keeps_one_average_of_a_hidden_matrix_and_multiplies_more(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = reported(capsys, *RECIPE, "--data.corpus", "nowhere", "--optim.name", "muon")
+    shape = PRESETS["gloria-1.3b"]
+    hidden, layer = 24 * 12 * 2048**2, 4 * 6 * 2048**3 + 2 * 18 * 2048**3  # four squares, two four times as long
+    every = sum(rows * (size[0] if size else 1) for rows, *size in parameter_shapes(shape).values())
+    assert lines["checkpoints"].startswith(f"checkpoints  {(12 * every - 4 * hidden) / 1e9:.3g} GB each, ")
+    assert newton_schulz_flops(shape) == 24 * 5 * layer
+    share = 100 * 24 * 5 * layer / (flops_per_token(shape, 512) * 512 * 512)
+    assert lines["muon"] == f"muon         its products add {share:.2g} % to a step's operations"
 
 
 @pytest.mark.parametrize("name", ["gloria-1.3b", "gloria-2.7b"])

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from gloria.model.config import TransformerConfig, parameter_shapes
 from gloria.model.families import LOCAL
+from gloria.optim.optimizers import averages_kept, is_hidden_matrix
 
-STATE_BYTES = 4  # weights, gradients and the optimizer's two averages are fp32 each
+STATE_BYTES = 4  # weights, gradients and the optimizer's averages are fp32 each
 
 
 def loss_chunk(tokens: int, *, on_gpu: bool) -> int:
@@ -64,6 +65,7 @@ def memory_per_rank(
     on_gpu: bool = False,
     by_flash: bool = False,
     keep_gathered: bool = False,
+    optimizer: str = "adamw",
 ) -> Memory:
     """The peak of a training step on the first rank of `shards` (ranks / replicas), which has the largest shards.
 
@@ -75,7 +77,7 @@ def memory_per_rank(
     step = _Step(
         shape, sequence_length, micro_batch, element_bytes, activation_checkpointing, whole_mask, on_gpu, local
     )
-    sizes = _Sizes(shape, shards)
+    sizes = _Sizes(shape, shards, optimizer)
     kept = [step.kept(layer, activation_checkpointing) for layer in range(shape.num_layers)]
     # With several micro-batches the sum of gradients is kept whole until the last one, in fp32.
     summed = STATE_BYTES if accumulation > 1 else 0
@@ -87,7 +89,7 @@ def memory_per_rank(
 
     def at(gradients: int, activations: int, loss: int, buffers: int) -> Memory:
         weights = STATE_BYTES * sizes.shard
-        return Memory(weights, 2 * weights, gradients, activations, loss, buffers)
+        return Memory(weights, STATE_BYTES * sizes.averages_shard, gradients, activations, loss, buffers)
 
     def weights_at_work(done: int) -> int:
         """Whole weights, in the backward pass behind so many blocks; where they are kept, before the last pass."""
@@ -116,16 +118,23 @@ def memory_per_rank(
     moments.append(at(blocks, 0, 2 * head_gradient, root + gathered + reduced_block))
     moments.append(at(blocks, 0, head_gradient, reduced_root + gathered))
     moments.append(at(STATE_BYTES * sizes.shard, 0, 0, reduced_root + gathered))
+    if optimizer == "muon":
+        moments.append(at(STATE_BYTES * sizes.shard, 0, 0, _muon_element_bytes(on_gpu) * sizes.muon_work))
     return max(moments, key=lambda memory: memory.total)
 
 
 class _Sizes:
-    """Elements of the parameters: whole and of rank 0's shard, of a block and of the root (embeddings, last norm)."""
+    """Elements of the parameters: whole and of rank 0's shard, of a block and of the root (embeddings, last norm).
 
-    def __init__(self, shape: TransformerConfig, shards: int) -> None:
-        self.block = self.root = self.block_shard = root_shard = 0
+    And of the optimizer's averages, and of what Muon computes with: a matrix, two of its iterates, two Gram matrices.
+    """
+
+    def __init__(self, shape: TransformerConfig, shards: int, optimizer: str) -> None:
+        self.block = self.root = self.block_shard = root_shard = self.averages_shard = 0
+        self.muon_work = max(3 * math.prod(size) + 2 * min(size) ** 2 for size in hidden_matrices(shape))
         for name, size in parameter_shapes(shape).items():
             whole, shard = math.prod(size), -(-size[0] // shards) * math.prod(size[1:])
+            self.averages_shard += averages_kept(optimizer, name, len(size)) * shard
             if name.startswith("transformer.h.0."):
                 self.block += whole
                 self.block_shard += shard
@@ -234,6 +243,27 @@ def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, act
     return flops
 
 
+def hidden_matrices(shape: TransformerConfig) -> list[tuple[int, ...]]:
+    """The sizes of those that Muon updates."""
+    return [size for name, size in parameter_shapes(shape).items() if is_hidden_matrix(name, len(size))]
+
+
+def newton_schulz_flops(shape: TransformerConfig) -> int:
+    """Floating-point operations of a step of Muon, over all owners: five iterations of three products a matrix."""
+    sides = [sorted(size) for size in hidden_matrices(shape)]
+    return sum(10 * short**2 * (2 * long + short) for short, long in sides)
+
+
+def saved_bytes(shape: TransformerConfig, optimizer: str) -> int:
+    """Of a checkpoint: the weights and the optimizer's averages, whole."""
+    sizes = parameter_shapes(shape).items()
+    return STATE_BYTES * sum(math.prod(size) * (1 + averages_kept(optimizer, name, len(size))) for name, size in sizes)
+
+
+def _muon_element_bytes(on_gpu: bool) -> int:
+    return 2 if on_gpu else 4  # bf16 or fp32, whatever the rest is computed with
+
+
 class Traffic(NamedTuple):
     """Bytes that one rank sends in a step."""
 
@@ -242,18 +272,27 @@ class Traffic(NamedTuple):
 
 
 def traffic_per_step(
-    shape: TransformerConfig, *, passes: int, ranks: int, replicas: int, element_bytes: int, keep_gathered: bool = False
+    shape: TransformerConfig,
+    *,
+    passes: int,
+    ranks: int,
+    replicas: int,
+    element_bytes: int,
+    keep_gathered: bool = False,
+    optimizer: str = "adamw",
 ) -> Traffic:
     """What one rank sends in a step, by ring collectives.
 
     Each pass gathers every block for forward and again for backward, and the embeddings once, or with `keep_gathered`
     a step gathers all of them once; its last pass scatters the fp32 gradients, which with HSDP are then added up over
-    the replicas.
+    the replicas. Muon sends every matrix to its owner and back, on GPUs in bf16.
     """
     shards = ranks // replicas
-    sizes = _Sizes(shape, shards)
+    sizes = _Sizes(shape, shards, optimizer)
     gathers = 1 if keep_gathered else passes
     gathered = gathers * element_bytes * ((1 if keep_gathered else 2) * shape.num_layers * sizes.block + sizes.root)
     scattered = STATE_BYTES * sizes.whole
+    if optimizer == "muon":
+        scattered += 2 * _muon_element_bytes(True) * sum(map(math.prod, hidden_matrices(shape))) // shards
     added = 2 * STATE_BYTES * sizes.shard
     return Traffic((gathered + scattered) * (shards - 1) // shards, added * (replicas - 1) // replicas)

@@ -82,19 +82,19 @@ class Muon(torch.optim.Optimizer):
         sends = [matrix.pieces[self.rank] if matrix else 0 for matrix in owned]
         receives = list(own.pieces) if own else [0] * len(owned)
         like = matrices[0].rows
-        rows = like.new_empty(sum(sends), dtype=torch.bfloat16 if like.is_cuda else torch.float32)
+        buffer = like.new_empty(sum(sends), dtype=torch.bfloat16 if like.is_cuda else torch.float32)
         parts = [matrix.pieces[self.rank] for matrix in matrices]
-        for matrix, part in zip(matrices, rows.split(parts)):
+        for matrix, part in zip(matrices, buffer.split(parts)):
             part.copy_(self._momentum(matrix, good).flatten())
-        whole = self._exchange(rows, receives, sends)
+        buffer = self._exchange(buffer, receives, sends)
         if own:
-            whole = newton_schulz(whole.view(own.shape)).reshape(-1)
-        rows = self._exchange(whole, sends, receives)
+            buffer = newton_schulz(buffer.view(own.shape)).reshape(-1)
+        buffer = self._exchange(buffer, sends, receives)
         lr, decay = self.hidden["lr"], self.hidden["weight_decay"]
-        for matrix, part in zip(matrices, rows.split(parts)):
+        for matrix, part in zip(matrices, buffer.split(parts)):
             size = 0.2 * math.sqrt(max(matrix.shape)) * lr  # 0.2: the usual root mean square of AdamW's update
             matrix.rows.mul_(1 - good * (lr * decay))
-            matrix.rows.sub_(part.view_as(matrix.rows).float() * (good * size))
+            matrix.rows.sub_(part.view_as(matrix.rows).float().mul_(good * size))
 
     def _momentum(self, matrix: Matrix, good: Tensor | float) -> Tensor:
         """Bring the momentum of this rank's rows up to date; what Nesterov's rule makes of it, (rows here, columns)."""

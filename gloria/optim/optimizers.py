@@ -128,6 +128,11 @@ def is_hidden_matrix(name: str, dimensions: int) -> bool:
     return dimensions == 2 and not _is_embedding(name) and any(part.isdecimal() for part in name.split("."))
 
 
+def averages_kept(optimizer: str, name: str, dimensions: int) -> int:
+    """How many tensors of its own size an optimizer keeps of a parameter."""
+    return 1 if OPTIMIZERS[optimizer].has_hidden and is_hidden_matrix(name, dimensions) else 2
+
+
 def build_optimizer(config: OptimConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
     """The optimizer that a recipe requests, its rate at the peak, its state as before the first step.
 

@@ -345,6 +345,7 @@ def peak_of_step(
         # As model.kernels chooses, as far as is known before the run: GPUs that have bf16 have the kernels.
         by_flash=on_gpu and precision == "bf16" and train.attention != "sdpa" and not shape.dropout,
         keep_gathered=keep_gathered,
+        optimizer=config.optim.name,
     )
 
 

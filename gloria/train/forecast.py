@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gloria.dist.gpus import ELEMENT_BYTES, GPU
 from gloria.model.config import TransformerConfig, flops_per_token
-from gloria.model.memory import Traffic, traffic_per_step
+from gloria.model.memory import Traffic, newton_schulz_flops, traffic_per_step
 from gloria.train.config import PretrainConfig, peak_of_step
 
 SPARE = 0.1  # of a GPU's usable memory that keeping whole weights must leave: a forecast is none of the allocator
@@ -69,12 +69,14 @@ def step_traffic(
     config: PretrainConfig, shape: TransformerConfig, gpus: int, *, replicas: int, precision: str, kept: bool
 ) -> Traffic:
     """What a GPU sends in a step of the recipe."""
-    passes, element_bytes = (
-        config.train.global_batch // (config.train.filled_micro_batch * gpus),
-        ELEMENT_BYTES[precision],
-    )
     return traffic_per_step(
-        shape, passes=passes, ranks=gpus, replicas=replicas, element_bytes=element_bytes, keep_gathered=kept
+        shape,
+        passes=config.train.global_batch // (config.train.filled_micro_batch * gpus),
+        ranks=gpus,
+        replicas=replicas,
+        element_bytes=ELEMENT_BYTES[precision],
+        keep_gathered=kept,
+        optimizer=config.optim.name,
     )
 
 
@@ -85,6 +87,8 @@ def compute_seconds(
     peak = card.peak(precision) if card else None
     train = config.train
     flops = flops_per_token(shape, train.sequence_length) * train.global_batch * train.sequence_length
+    if config.optim.name == "muon":  # each replica's ranks share it among themselves
+        flops += newton_schulz_flops(shape) * config.dist.replicas
     return flops / (gpus * peak * mfu) if peak else None
 
 

@@ -33,6 +33,12 @@ MEASURED = {
         | SMALL
         | {"train.precision": "bf16", "train.global_batch": 8, "train.micro_batch": 4, "model.window_size": 32},
     ),
+    "gpt-neo, muon at the update": (
+        1,
+        NEO
+        | {"model.num_layers": 1, "model.hidden_size": 384, "model.intermediate_size": 6144, "model.vocab_size": 2048}
+        | {"model.max_positions": 16, "train.sequence_length": 16, "train.global_batch": 1, "optim.name": "muon"},
+    ),
     "gpt-neo, two ranks": (2, NEO | SMALL | {"train.global_batch": 24, "model.window_size": 32}),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gloria.dist.state import load_training_state, training_state
-from gloria.optim.optimizers import OPTIMIZERS, Entry, OptimConfig, build_optimizer, parameter_groups
+from gloria.optim.optimizers import OPTIMIZERS, Entry, OptimConfig, averages_kept, build_optimizer, parameter_groups
 from tests.world import run_world
 
 GPT2 = {
@@ -133,6 +133,15 @@ def test_found_inf_works_on_sharded_parameters(world: int) -> None:
     for same in run_world(step_sharded, world):
         assert "optim.step.weight" in same
         assert all(same.values()), same
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_plan_knows_what_an_optimizer_keeps(name: str) -> None:
+    parameters = {name: nn.Parameter(torch.zeros(size)) for name, (_, size) in (GPT2 | GPT_NEO).items()}
+    optimizer = build_optimizer(OptimConfig(name), parameters.items())
+    for key, parameter in parameters.items():
+        kept = [value for value in optimizer.state[parameter].values() if value.shape == parameter.shape]
+        assert len(kept) == averages_kept(name, key, parameter.ndim), key
 
 
 def test_an_optimizer_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
