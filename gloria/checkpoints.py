@@ -15,7 +15,8 @@ from gloria.dist.config import CheckpointConfig
 from gloria.dist.manifest import checkpoints_folder, step_of
 from gloria.dist.run_lock import STATUS, RunStatus, lock_run, read_status, release_run
 from gloria.errors import UserError, run_command
-from gloria.files import size_text
+from gloria.files import parse_json_object, read_bounded, size_text
+from gloria.train.branch import START, describe_ancestors, read_ancestors
 
 if TYPE_CHECKING:
     from gloria.dist.checkpoint_read import Listed
@@ -59,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         prune_run(run_dir, arguments.keep, arguments.keep_every)
     from gloria.dist.checkpoint_read import list_checkpoints
 
+    if (run_dir / START).exists():
+        state = parse_json_object(read_bounded(run_dir / START), run_dir / START)
+        if ancestors := read_ancestors(state, run_dir / START):
+            print(f"branch {describe_ancestors(ancestors)}")
     listed = list_checkpoints(run_dir, hashes=arguments.verify)
     print_list(run_dir, listed)
     return 1 if any(entry.problems for entry in listed) else 0

@@ -26,8 +26,7 @@ from gloria.data.tokenizer import TextTokenizer, load_tokenizer
 from gloria.dist.manifest import TRAINER, checkpoint_path, saved_steps
 from gloria.errors import UserError, run_command, warn
 from gloria.files import parse_json_object, read_bounded
-
-START = "mixture.json"  # what a launch writes before its first step
+from gloria.train.branch import START, describe_ancestors, read_ancestors
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe=False,
     ).config
     mixture, state = read_run(arguments.run)
+    if ancestors := read_ancestors(state, arguments.run):
+        print(f"branch: {describe_ancestors(ancestors)}", file=sys.stderr)
     for gap in mixture.left_out:
         print(f"left out: samples {gap.start}:{gap.stop}", file=sys.stderr)
     if type(overflows := state.get("overflows")) is int and overflows:

@@ -20,7 +20,6 @@ from gloria.data.corpus import MANIFEST, Corpus, open_corpus, source_fingerprint
 from gloria.data.exhaustion import check_exhaustion, steps_for_epochs
 from gloria.data.mixture import Mixture, MixtureConfig, new_mixture
 from gloria.data.mixture_state import LARGEST_BATCH
-from gloria.data.prepare.report import MOST_EPOCHS, weights_within
 from gloria.data.weights import Source, resolve_weights
 from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
@@ -31,15 +30,18 @@ from gloria.model.memory import Memory, memory_per_rank
 from gloria.optim import schedules
 from gloria.optim.optimizers import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
+from gloria.train.branch import BranchSection, branch_problems, require_trunk
 from gloria.train.metrics import LogConfig
 from gloria.train.sections import (
     Recipe,
     RunSection,
     StepSection,
+    batch_problem,
     length_problems,
     range_problems,
     replica_problems,
 )
+from gloria.train.warnings import warn_of_no_validation, warn_of_repeats
 
 T = TypeVar("T")
 P = TypeVar("P", bound="PretrainConfig")
@@ -48,7 +50,7 @@ DEMO = RECIPES / "demo.toml"
 
 
 @dataclass(frozen=True)
-class RunConfig(RunSection):
+class RunConfig(BranchSection, RunSection):  # the fields of the last base come first
     """Where a run keeps what it writes, and what makes it repeatable."""
 
     seed: int = option(0, "decides initial weights, data order and dropout", minimum=0, maximum=2**63 - 1)
@@ -209,7 +211,8 @@ def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[
     train, checkpoint = config.train, config.checkpoint
     yield from range_problems(train__profile_steps=train.profile_steps, data__skip_samples=config.data.skip_samples)
     yield from length_problems(train)
-    if problem := _batch_problem(train.global_batch, train.micro_batch, world):
+    yield from branch_problems(config.run.branch, config.run.trunk[0], config.run.dir, config.run.resume)
+    if problem := batch_problem(train.global_batch, train.micro_batch, world):
         yield ("train.micro_batch", "train.global_batch"), problem
     yield from replica_problems(config.dist.replicas, world)
     yield from schedules.problems(config.schedule, train.steps if train.epochs is None else None)
@@ -218,23 +221,6 @@ def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[
             ("checkpoint.keep_every", "checkpoint.every"),
             f"{checkpoint.keep_every} is no multiple of every, {checkpoint.every}; give a multiple",
         )
-
-
-def _batch_problem(global_batch: int, micro_batch: int | None, world: int) -> str | None:
-    at_once = (micro_batch or 1) * world
-    if global_batch % at_once == 0:
-        return None
-    if global_batch % world:
-        whole = -(-global_batch // at_once) * at_once
-        return f"{world} ranks do not divide train.global_batch {global_batch}; set that to {whole}"
-    share = global_batch // world
-    nearest = min(
-        (size for size in range(1, share + 1) if share % size == 0), key=lambda size: abs(size - at_once // world)
-    )
-    return (
-        f"{micro_batch} x {world} ranks = {at_once} does not divide train.global_batch {global_batch}; "
-        f"set it to {nearest}"
-    )
 
 
 def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
@@ -260,11 +246,18 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
         epochs=mixture.epochs_at(total_steps * train.global_batch),
         parameters=count_parameters(shape),
         flops_per_token=flops_per_token(shape, train.sequence_length),
-        warnings=(
-            *corpus.warnings,
-            *_repeats(config, mixture, total_steps),
-            *_without_validation(config, corpus, mixture),
-        ),
+        warnings=_warnings(config, corpus, mixture, total_steps),
+    )
+
+
+def continued(config: PretrainConfig, plan: RunPlan, tokens: int) -> RunPlan:
+    """The plan of a run that goes on after `tokens`, whose mixture knows its past by now."""
+    mixture, end = plan.mixture, plan.mixture.samples_of_step(plan.total_steps).start
+    return dataclasses.replace(
+        plan,
+        tokens=tokens + (end - mixture.next_sample) * mixture.sequence_length,
+        epochs=mixture.epochs_at(end),
+        warnings=_warnings(config, plan.corpus, mixture, plan.total_steps),
     )
 
 
@@ -285,9 +278,10 @@ def _open(config: PretrainConfig, *, verify: bool = False) -> tuple[Corpus, Tran
     total_steps = train.steps
     if total_steps is None and train.epochs is not None and mixture:
         total_steps = steps_for_epochs(mixture, train.epochs)
+    _attempt(lambda: require_trunk(config.run, config.run.dir), problems)
     if total_steps is not None:
         problems += [f"{keys[0]}: {what}" for keys, what in schedules.problems(config.schedule, total_steps)]
-        if mixture:
+        if mixture and not config.run.branch:  # a branch is checked when its past is known
             _attempt(lambda: check_epochs(config, mixture, total_steps), problems)
     if problems:
         raise with_location(config, UserError(*problems))
@@ -300,6 +294,15 @@ def _open(config: PretrainConfig, *, verify: bool = False) -> tuple[Corpus, Tran
 def check_epochs(config: PretrainConfig, mixture: Mixture, total_steps: int) -> None:
     """A `UserError` has each source that the run, from where `mixture` stands, reads more than `data.max_epochs`."""
     check_exhaustion(mixture, mixture.samples_of_step(total_steps).start, config.data.max_epochs)
+
+
+def _warnings(config: PretrainConfig, corpus: Corpus, mixture: Mixture, total_steps: int) -> tuple[str, ...]:
+    repeats = warn_of_repeats(mixture, mixture.samples_of_step(total_steps).start)
+    if config.run.branch and not mixture.next_sample:
+        repeats = [
+            f"epochs and tokens are those of a run by this recipe alone, without the past of {config.run.branch}"
+        ]
+    return (*corpus.warnings, *repeats, *(warn_of_no_validation(corpus, mixture) if config.valid.every else ()))
 
 
 @contextmanager
@@ -360,36 +363,6 @@ def _mixture(config: PretrainConfig, corpus: Corpus) -> Mixture:
         period=config.data.period,
         tokenizer=corpus.manifest.tokenizer.fingerprint,
     )
-
-
-def _repeats(config: PretrainConfig, mixture: Mixture, total_steps: int) -> list[str]:
-    samples = total_steps * config.train.global_batch
-    over = {name: passes for name, passes in mixture.epochs_at(samples).items() if passes > MOST_EPOCHS}
-    if not over:
-        return []
-    windows = {name: mixture.sources[name].windows(config.train.sequence_length) for name in mixture.names}
-    weights = weights_within(dict(zip(mixture.names, mixture.stages[-1].weights)), windows, samples)
-    if weights is None:
-        name = max(over, key=over.__getitem__)
-        return [
-            f'up to {over[name]:.1f} epochs (source "{name}"): the run needs {samples:,} windows, there are '
-            f"{sum(windows.values()):,}; reweighting can't help: shorten the run or find more text"
-        ]
-    return [
-        f'source "{name}": {passes:.1f} epochs (above 4 they teach little); set data.weights.{name} to '
-        f"{weights[name]:.4g} to avoid it"
-        for name, passes in over.items()
-    ]
-
-
-def _without_validation(config: PretrainConfig, corpus: Corpus, mixture: Mixture) -> list[str]:
-    length = config.train.sequence_length
-    held_out = {name: corpus.source(name).valid.tokens for name in mixture.names if config.valid.every}
-    return [
-        f'source "{name}" has no validation: its {tokens} held-out tokens hold no window of {length} + 1'
-        for name, tokens in held_out.items()
-        if tokens <= length
-    ]
 
 
 def _attempt(function: Callable[[], T], problems: list[str]) -> T | None:

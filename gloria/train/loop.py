@@ -92,6 +92,8 @@ def take_steps(run: Run) -> str:
     save_every = run.config.checkpoint.every or objective.evaluate_every
     pending: PendingStep | None = None
     stop = ASKED if on_any_rank(bool(stop_reason())) else ""
+    if run.saved_step != run.step and not stop:
+        save(run, asynchronous=False)  # a branch's first checkpoint: from here on it can do without its trunk
     if run.evaluation_due and not stop:
         stop = objective.evaluate(run)  # where the curves start, or what the last launch was stopped in
     while run.step < run.total_steps and not stop:

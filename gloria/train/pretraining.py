@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gloria.config.cli import to_mapping
+from gloria.config.schema import flatten
 from gloria.data.corpus import Corpus
 from gloria.data.loader import Loader, document_bounds, validation_windows
 from gloria.data.mixture import Mixture
 from gloria.data.stream import TokenStream
 from gloria.dist.agreement import on_all_ranks
 from gloria.dist.checkpoint_read import open_reader
-from gloria.dist.manifest import checkpoint_path
+from gloria.dist.manifest import checkpoint_path, step_of
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.rank_log import open_rank_log
 from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
@@ -34,15 +35,17 @@ from gloria.model.huggingface import read_tensors
 from gloria.model.kernels import choose_kernel, use_cudnn_attention
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import build_optimizer
-from gloria.train.config import PretrainConfig, RunPlan, check_epochs, located
+from gloria.train.branch import START, Ancestor, require_fitting, require_same_trunk
+from gloria.train.config import PretrainConfig, RunPlan, check_epochs, continued, located
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter, peak_flops
 from gloria.train.metrics import perplexity
 from gloria.train.on_gpus import advice_on, gathered_on
-from gloria.train.resume import changes_since, read_run_state
+from gloria.train.resume import changes_since, choose_trunk, read_run_state
 from gloria.train.run import (
     TAKEN_OVER,
     Run,
+    ancestry,
     begin_log,
     compiles_blocks,
     flags_of,
@@ -269,6 +272,8 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         changes = []
         if resume_step:
             changes += _load(run, checkpoint_path(folder, resume_step))
+        elif config.run.branch:
+            changes += _begin_branch(run, choose_trunk(config.run, folder, process))
         else:
             _initialise(run)
         if samples := parse_range(config.data.skip_samples):
@@ -279,7 +284,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         rank0_decides(process, lambda: _write_start(run))
         if process.is_main:
             print(f"{'attention':<11} {attention}", flush=True)
-            on_gpu = process.device.type == "cuda"
+            plan, on_gpu = objective.plan, process.device.type == "cuda"
             print(describe(config, plan, precision, why, on_gpu, gathered), flush=True)
             for warning in (*plan.warnings, *advice_on(config, plan, process, precision, gathered)):
                 warn(warning)
@@ -339,11 +344,13 @@ def _initialise(run: Run) -> None:
 
 
 def _load(run: Run, checkpoint: Path) -> list[str]:
-    """Everything from a checkpoint; a line for each change since."""
+    """Everything from a checkpoint of this run, or of the one it is a branch of; a line for each change since."""
     trainer, saved = read_run_state(checkpoint, "model", "mixture", "schedule")
     reader = open_reader(checkpoint)
     objective, data = run.objective, run.config.data
     with located(run.config):
+        if checkpoint.parent.parent == run.folder:
+            require_same_trunk(run.config.run, saved.ancestors, run.folder)
         changes = changes_since(trainer, run.config, objective.plan, reader.step)
         changes += objective.mixture.load_state_dict(
             trainer["mixture"], step=reader.step, allow_change=data.allow_change, new_epoch=data.new_epoch
@@ -351,15 +358,28 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
         check_epochs(run.config, objective.mixture, run.total_steps)
     # A source of an earlier stage keeps its place among the names, so the meter is made for those of now.
     run.meter = Meter(objective.groups, objective.mixture.sequence_length)
+    objective.plan = continued(run.config, objective.plan, saved.tokens)
     return changes + load_checkpoint(run, reader, trainer, saved)
+
+
+def _begin_branch(run: Run, checkpoint: Path) -> list[str]:
+    """Everything from a checkpoint of another run; the loop saves it as this run's own before its first step."""
+    config = run.config
+    began_from = flatten(read_run_state(checkpoint)[0]["recipe"]).get("model.from")
+    with located(config):
+        require_fitting(config.run, config.model.from_, began_from, run.total_steps, step_of(checkpoint) or 0)
+    changes = _load(run, checkpoint)
+    run.ancestors = (Ancestor(str(config.run.trunk[0]), run.step), *run.ancestors)
+    run.saved_step, run.evaluated_step = 0, -1
+    return changes
 
 
 def _write_start(run: Run) -> int:
     """For rank 0, before the first step: what `show` and `export` read."""
     plan = run.objective.plan
     plan.corpus.copy_tokenizer(run.folder / "tokenizer")
-    start = {"recipe": to_mapping(run.config), "mixture": run.objective.mixture.state_dict()}
-    write_whole(run.folder / "mixture.json", to_json(start))
+    start = {"recipe": to_mapping(run.config), "mixture": run.objective.mixture.state_dict(), **ancestry(run)}
+    write_whole(run.folder / START, to_json(start))
     return 0
 
 

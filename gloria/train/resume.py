@@ -14,8 +14,8 @@ from typing import Any
 from gloria.config.cli import from_mapping, option, to_mapping
 from gloria.config.schema import flatten, keys
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_trainer
-from gloria.dist.manifest import TRAINER, saved_steps
-from gloria.dist.process import on_any_rank
+from gloria.dist.manifest import TRAINER, checkpoint_path, saved_steps
+from gloria.dist.process import Process, on_any_rank, rank0_decides
 from gloria.dist.retention import remove_incomplete, set_aside_newer
 from gloria.dist.run_lock import STATUS, read_status, write_status
 from gloria.dist.signals import ASKED, stop_reason
@@ -24,6 +24,7 @@ from gloria.errors import UserError
 from gloria.files import brief
 from gloria.model.config import TransformerConfig
 from gloria.optim import schedules
+from gloria.train.branch import Ancestor, BranchSection, require_trunk
 from gloria.train.config import PretrainConfig, RunPlan
 from gloria.train.meter import SavedMeter
 
@@ -81,6 +82,17 @@ def choose_step(folder: Path, resume: int | str, launch: str, skip_samples: str 
     return 0
 
 
+def choose_trunk(section: BranchSection, folder: Path, process: Process) -> Path:
+    """The checkpoint that the branch in `folder` begins from, the same on all ranks, once every byte is checked."""
+    run, step = section.trunk
+
+    def decide() -> int:
+        require_trunk(section, folder)
+        return open_reader(find_checkpoint(run, step)).step
+
+    return checkpoint_path(run, rank0_decides(process, decide))
+
+
 def _done_since(folder: Path, resume: int, skip_samples: str) -> int:
     """The newest checkpoint's step, where the run came to it after going back to `resume` by this command; or 0."""
     if not any(step > resume for step in saved_steps(folder)):
@@ -110,6 +122,7 @@ class SavedState:
     precision: str | None = option(None, "what was computed with", choices=("fp32", "bf16", "fp16"))
     schedule: schedules.SavedSchedule | None = None
     meter: SavedMeter | None = None
+    ancestors: list[Ancestor] = option([], "checkpoints of other runs that this one comes from, the nearest first")
 
 
 def read_run_state(checkpoint: Path, *required: str) -> tuple[dict[str, Any], SavedState]:

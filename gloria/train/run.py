@@ -36,6 +36,7 @@ from gloria.dist.state import load_rng_state_dict, load_training_state, training
 from gloria.dist.step_sums import Flags, StepSums, new_running_norm
 from gloria.dist.watchdog import Watchdog, start_watch, stop_watch
 from gloria.optim import schedules
+from gloria.train.branch import Ancestor, describe_ancestors
 from gloria.train.meter import Meter
 from gloria.train.metrics import RunLog, open_log
 from gloria.train.resume import SavedState, choose_step, leave_if_asked
@@ -110,6 +111,7 @@ class Run:
     saved_step: int = 0  # of the newest durable checkpoint
     failed_saves: int = 0  # in a row
     staging: dict[str, Tensor] = field(default_factory=dict)  # host memory of background saves
+    ancestors: Sequence[Ancestor] = ()  # of a branch: where it began, where its trunk began, and so on
 
     def __post_init__(self) -> None:
         device = self.process.device
@@ -187,11 +189,14 @@ def begin_log(run: Run, changes: Sequence[str]) -> None:
     if not run.optimizer.defaults.get("fused"):
         name = run.config.optim.name
         print(f"optim.name: {name} waits for the device once a step, to skip one that is not finite", flush=True)
+    if run.ancestors:
+        print(f"{'branch':<11} {describe_ancestors(run.ancestors)}", flush=True)
     about: dict[str, Any] = {
         "launch": run.launch,
         "ranks": run.process.world,
         "seed": run.seed,
         "versions": versions() | commit(),
+        **ancestry(run),
     }
     run.log = open_log(
         run.folder, run.step, run.total_steps, run.config.log, evaluated_step=run.evaluated_step, **about
@@ -268,8 +273,14 @@ def trainer_state(run: Run) -> dict[str, Any]:
         "recipe": to_mapping(run.config),
         "world": run.process.world,
         "versions": versions(),
+        **ancestry(run),
         **run.objective.state_dict(),
     }
+
+
+def ancestry(run: Run) -> dict[str, Any]:
+    """The line of runs that a branch comes from, as plain JSON; empty for a run that is none."""
+    return {"ancestors": [to_mapping(ancestor) for ancestor in run.ancestors]} if run.ancestors else {}
 
 
 def load_checkpoint(run: Run, reader: Reader, trainer: Mapping[str, Any], saved: SavedState) -> list[str]:
@@ -283,6 +294,7 @@ def load_checkpoint(run: Run, reader: Reader, trainer: Mapping[str, Any], saved:
     run.tokens, run.overflows = saved.tokens, saved.overflows
     run.evaluated_step = reader.step if saved.evaluated_step is None else saved.evaluated_step
     run.skips, run.skips_in_a_row = saved.skips, saved.skips_in_a_row
+    run.ancestors = saved.ancestors
     if run.running_norm is not None and saved.running_norm:
         run.running_norm.copy_(torch.tensor(saved.running_norm, dtype=torch.float64))
     lines = []

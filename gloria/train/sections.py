@@ -100,3 +100,21 @@ def replica_problems(replicas: int, world: int) -> Iterator[Problem]:
     if world % replicas:
         divisors = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
         yield ("dist.replicas",), f"{replicas} does not divide the number of ranks, {world}; give one of {divisors}"
+
+
+def batch_problem(global_batch: int, micro_batch: int | None, world: int) -> str | None:
+    """What is wrong where the ranks' micro-batches do not divide the global batch."""
+    at_once = (micro_batch or 1) * world
+    if global_batch % at_once == 0:
+        return None
+    if global_batch % world:
+        whole = -(-global_batch // at_once) * at_once
+        return f"{world} ranks do not divide train.global_batch {global_batch}; set that to {whole}"
+    share = global_batch // world
+    nearest = min(
+        (size for size in range(1, share + 1) if share % size == 0), key=lambda size: abs(size - at_once // world)
+    )
+    return (
+        f"{micro_batch} x {world} ranks = {at_once} does not divide train.global_batch {global_batch}; "
+        f"set it to {nearest}"
+    )

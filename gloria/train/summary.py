@@ -37,7 +37,8 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on
     memory = peak_of_step(config, shape, plan.world, precision=precision, on_gpu=on_gpu, keep_gathered=keep)
     seconds = plan.tokens * plan.flops_per_token / 1e12 / plan.world
     rows = {
-        "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}",
+        "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}"
+        + (f", a branch of {config.run.branch}" if config.run.branch else ""),
         "model": f"{shape.architecture}: {shape.num_layers} layers x {shape.hidden_size}, {shape.num_heads} "
         f"heads, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
         "parameters": f"{counts['total']:,} ({parts})",
