@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FENCE = re.compile(r"((?:^<!--.*?-->\n+)?)^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMENT = re.compile(r"<!-- (instead|not run|not compared): (.*?) -->", re.DOTALL)
+FENCE = re.compile(r"((?:^<!--(?:(?!-->).)*-->\n+)?)^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMENT = re.compile(r"<!-- (instead|not run|not compared):\s+(.*?)\s*-->", re.DOTALL)
 LONGEST = 1800  # seconds of a block
 
 
@@ -74,6 +74,7 @@ def check(page: Path, folder: Path, environment: dict[str, str]) -> list[str]:
         compared = block.language == "text" and block.mark != "not compared"
         if compared and printed is not None and (line := missing_line(block.text, printed)) is not None:
             problems.append(f"{where}: is not printed: {line}")
+        printed = None if compared else printed
         if block.language != "sh":
             continue
         printed = None
@@ -105,7 +106,7 @@ def copy_repository(folder: Path) -> None:
     for name in filter(None, listed.stdout.split("\0")):
         if (REPOSITORY / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
+            shutil.copy2(REPOSITORY / name, folder / name, follow_symlinks=False)
 
 
 def main() -> int:
