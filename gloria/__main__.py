@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": "check whether this machine, or every node of a job, is fit for a run",
     "pretrain": "pre-train a language model on a weighted mixture of sources",
     "show": "show which samples a step of a run takes",
+    "audit": "prove what a run was trained on, or when it read a document",
     "checkpoints": "list, verify or prune a run's checkpoints, and report its status",
     "export": "turn a run or a fine-tuned model into a Hugging Face folder",
     "generate": "continue a text",

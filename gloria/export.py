@@ -15,9 +15,11 @@ from pathlib import Path
 from gloria.config.cli import Problems, option, parse
 from gloria.data.corpus import describe_contamination
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
+from gloria.dist.manifest import read_manifest
 from gloria.errors import UserError, run_command
 from gloria.model.config import TransformerConfig, count_parameters
 from gloria.model.huggingface import write_folder
+from gloria.record.weights import LAUNCH, STEP
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
 
@@ -53,9 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     trainer = read_trainer(checkpoint)
     shape = TransformerConfig.from_dict(trainer["model"])
+    manifest = read_manifest(checkpoint)
     tensors = read_full_tensors(checkpoint, "model.")
+    about = {STEP: str(manifest.step), LAUNCH: manifest.launch}  # gloria.audit proves it
     dtype = DTYPES[arguments.dtype or arguments.precision]
-    write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", dtype)
+    write_folder(arguments.out, shape, tensors, arguments.run / "tokenizer", dtype, about=about)
     print(
         f"{arguments.out}: {count_parameters(shape)['total']:,} parameters ({dtype}) from {checkpoint}",
         *describe_contamination(trainer),

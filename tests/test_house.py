@@ -26,6 +26,7 @@ FLOORS = (
     ("model",),
     ("tasks",),
     ("train",),
+    ("record",),
     ("commands",),  # gloria/VERB.py
     ("__main__",),
 )

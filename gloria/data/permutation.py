@@ -68,8 +68,10 @@ def random_numbers(key: int, count: int) -> np.ndarray:
     return mix_array(np.arange(count, dtype=np.uint64) * _GAMMA + np.uint64(key))
 
 
-def permute(index: np.ndarray, heads: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Send each index through the permutation of its group.
+def permute(
+    index: np.ndarray, heads: np.ndarray, sizes: np.ndarray, keys: np.ndarray, *, inverse: bool = False
+) -> np.ndarray:
+    """Send each index through the permutation of its group, or back with `inverse`.
 
     `index` uint64 (n,) holds one group after the other, group `j` from `heads[j]` on; `sizes` and `keys` are uint64
     (groups,). Group `j` takes the permutation of `[0, sizes[j])` that `keys[j]` names; its indices lie below its
@@ -80,7 +82,8 @@ def permute(index: np.ndarray, heads: np.ndarray, sizes: np.ndarray, keys: np.nd
     low_mask = ((np.uint64(1) << low_bits) - np.uint64(1)).astype(np.uint32)
     high_mask = ((np.uint64(1) << (bits - low_bits)) - np.uint64(1)).astype(np.uint32)
     round_keys = [mix_array(keys + np.uint64(i * _GAMMA & _MASK)).astype(np.uint32) for i in range(ROUNDS)]
-    network = _Network(sizes, low_bits, low_mask, high_mask, round_keys)
+    rounds = list(enumerate(round_keys))  # each undoes itself, so the way back takes them from the last
+    network = _Network(sizes, low_bits, low_mask, high_mask, rounds[::-1] if inverse else rounds)
     ends = np.append(heads[1:], index.size)
     if index.size < _LONG_GROUP * heads.size:
         return _walk(index, np.repeat(np.arange(heads.size), ends - heads), network)
@@ -96,7 +99,7 @@ class _Network(NamedTuple):
     low_bits: np.ndarray
     low_mask: np.ndarray
     high_mask: np.ndarray
-    round_keys: list[np.ndarray]
+    rounds: list[tuple[int, np.ndarray]]  # number and keys, in the order in which they are taken
 
 
 def _walk(index: np.ndarray, group: np.ndarray | np.intp, network: _Network) -> np.ndarray:
@@ -116,7 +119,7 @@ def _pass(index: np.ndarray, group: np.ndarray | np.intp, network: _Network) -> 
     """The high half takes the hash of the low half, then the low half that of the high half, in turn."""
     shift, low_mask, high_mask = network.low_bits[group], network.low_mask[group], network.high_mask[group]
     high, low = (index >> shift).astype(np.uint32), index.astype(np.uint32) & low_mask
-    for number, keys in enumerate(network.round_keys):
+    for number, keys in network.rounds:
         hashed = (high if number % 2 else low) ^ keys[group]
         hashed ^= hashed >> 16
         hashed *= 0x85EBCA6B

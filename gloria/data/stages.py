@@ -167,6 +167,24 @@ def sample_of_ordinal(seed: int, stage: Stage, source: int, ordinal: int) -> int
     return stage.start - stage.drawn + number * stage.period + int(places[count])
 
 
+def draws_of_window(seed: int, stage: Stage, source: int, window: int, end: int) -> list[tuple[int, int]]:
+    """(epoch, sample) of each time that this stage draws a source's `window` before the sample `end`."""
+    size = stage.windows[source]
+    first, last = (ordinals_at(seed, stage, sample)[source] for sample in (stage.start, end))
+    epochs = np.arange(first // size, -(-last // size), dtype=np.uint64)
+    if not epochs.size:
+        return []
+    keys = absorb_array(np.full(epochs.size, derive_key(seed, "win", stage.names[source]), np.uint64), epochs)
+    sizes, windows = (np.full(epochs.size, value, np.uint64) for value in (size, window))
+    rest = permute(windows, np.arange(epochs.size), sizes, keys, inverse=True)
+    ordinals = (epochs * np.uint64(size) + rest).tolist()
+    return [
+        (ordinal // size, sample_of_ordinal(seed, stage, source, ordinal))
+        for ordinal in ordinals
+        if first <= ordinal < last
+    ]
+
+
 def stage_at(stages: Sequence[Stage], sample: int) -> int:
     """The number of the stage that `sample` lies in; -1 before the first one."""
     return bisect_right(stages, sample, key=lambda stage: stage.start) - 1

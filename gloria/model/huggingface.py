@@ -151,12 +151,15 @@ def write_folder(
     tokenizer_folder: str | Path,
     dtype: str,
     *,
+    about: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model that `AutoModelForCausalLM` and `AutoTokenizer` load: the folder appears whole or not at all.
 
     `tensors` are (name, whole tensor) in our naming, orientation and padding, in any order. `dtype` is "float32" or
-    "bfloat16". More than `shard_bytes` of weights are cut into several files with an index. `UserError` where `out`
+    "bfloat16". `about` is added to the metadata of the weights' files, `texts` are more files by name. More than
+    `shard_bytes` of weights are cut into several files with an index. `UserError` where `out`
     exists already, the tokenizer has more tokens than the model, a parameter is missing or a value is not finite.
     """
     out = Path(out)
@@ -175,7 +178,9 @@ def write_folder(
     with partial_folder(out) as work:
         made = work / "model"
         made.mkdir()
-        _write_weights(made, shape, tensors, getattr(torch, dtype), shard_bytes)
+        _write_weights(made, shape, tensors, getattr(torch, dtype), shard_bytes, {"format": "pt", **(about or {})})
+        for name, text in (texts or {}).items():
+            (made / name).write_text(text, encoding="utf-8")
         for path in sorted(Path(tokenizer_folder).iterdir()):
             if path.is_file():
                 shutil.copyfile(path, made / path.name)
@@ -211,13 +216,14 @@ def _write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     shard_bytes: int,
+    metadata: dict[str, str],
 ) -> None:
     expected = {shape.family.folder_name(name) for name in parameter_shapes(shape)}
     parts: list[list[str]] = []  # the names in each file
     total_bytes = 0
     renamed = shape.family.folder_name
     for part in _cut(((renamed(name), _to_folder(shape, name, x, dtype)) for name, x in tensors), shard_bytes):
-        save_file(part, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        save_file(part, folder / f"part-{len(parts)}", metadata=metadata)
         parts.append(list(part))
         total_bytes += sum(tensor.nbytes for tensor in part.values())
         part.clear()  # else it would stay in memory while the next one fills

@@ -9,7 +9,7 @@ import platform
 import secrets
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -183,7 +183,7 @@ def prepare_folder(run: Run) -> None:
 
 
 def begin_log(run: Run, changes: Sequence[str]) -> None:
-    """Open the log on rank 0; it begins with the versions, and with what has changed since the checkpoint."""
+    """Open the log on rank 0; it begins with what this launch is, and with what has changed since the checkpoint."""
     if not run.process.is_main:
         return
     if not run.optimizer.defaults.get("fused"):
@@ -196,6 +196,9 @@ def begin_log(run: Run, changes: Sequence[str]) -> None:
         "ranks": run.process.world,
         "seed": run.seed,
         "versions": versions() | commit(),
+        "hardware": hardware(run.process.device),
+        "planned_steps": run.total_steps,
+        "recipe": to_mapping(run.config),
         **ancestry(run),
     }
     run.log = open_log(
@@ -241,6 +244,17 @@ def versions() -> dict[str, str]:
     """The versions that a run's results depend on."""
     packages = {"gloria": gloria.__version__, "torch": str(torch.__version__), "numpy": np.__version__}
     return packages | {"python": platform.python_version()}
+
+
+def hardware(device: torch.device) -> str:
+    """What a rank computes on: the GPU by CUDA's name, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # only Linux has it
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"CPU, {platform.machine()}"
 
 
 def commit() -> dict[str, str]:

@@ -18,10 +18,10 @@ from tests.data import mixture_reference as reference
 numbers = st.integers(0, 2**64 - 1)
 
 
-def permute_one(index: list[int], size: int, key: int) -> list[int]:
+def permute_one(index: list[int], size: int, key: int, *, inverse: bool = False) -> list[int]:
     arrays = (np.array(values, np.uint64) for values in (index, [size], [key]))
     index, sizes, keys = arrays
-    return permute(index, np.array([0]), sizes, keys).tolist()
+    return permute(index, np.array([0]), sizes, keys, inverse=inverse).tolist()
 
 
 @given(st.lists(numbers, min_size=1, max_size=5), numbers)
@@ -55,7 +55,9 @@ def test_every_index_comes_once(size: int) -> None:
 @given(st.integers(1, 2**62), numbers, st.data())
 def test_any_size_is_as_in_the_reference(size: int, key: int, data: st.DataObject) -> None:
     index = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4))
-    assert permute_one(index, size, key) == [reference.shuffled(i, size, key) for i in index]
+    shuffled = permute_one(index, size, key)
+    assert shuffled == [reference.shuffled(i, size, key) for i in index]
+    assert permute_one(shuffled, size, key, inverse=True) == index
 
 
 def test_groups_do_not_touch_each_other() -> None:
