@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -245,28 +246,37 @@ def _finite(value: Any, place: str, notes: list[str]) -> Any:
 
 
 @contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
+def partial_folder(out: Path, *, keep: str = "") -> Iterator[Path]:
     """A work folder `OUT.partial-LAUNCH` for making `out`, gone when the block ends, however it ends.
 
     Call `publish` in the block. The folder is locked as long as this process lives, so folders of
     dead launches (killed, power lost) are recognised and removed with a line; that of a living one is a `UserError`.
+    With `keep` the folder is `OUT.partial-kept`: the next launch finds in it what this one has made of it, if the block
+    ends by an exception and something matches the glob `keep`.
     """
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
+        folder = out.with_name(f"{out.name}.partial-{'kept' if keep else f'{socket.gethostname()}-{os.getpid()}'}")
         with _one_launch_at_a_time(out):
-            remove_partial(out)
-            folder.mkdir()
+            remove_partial(out, but=folder if keep else None)
+            folder.mkdir(exist_ok=bool(keep))
             lock = create_file(folder / "lock")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"{out}: can't be made there ({error.strerror}); choose another place") from None
+    is_kept = False
     try:
         yield folder
+    except BaseException:
+        is_kept = bool(keep and any(folder.glob(keep)))
+        if is_kept:
+            print(f"{folder}: holds what is finished; the same command goes on", file=sys.stderr, flush=True)
+        raise
     finally:
-        with _one_launch_at_a_time(out):
-            remove_folder(folder)
+        if not is_kept:
+            with _one_launch_at_a_time(out):
+                remove_folder(folder)
         os.close(lock)
 
 
@@ -286,8 +296,11 @@ def _one_launch_at_a_time(out: Path) -> Iterator[None]:
                 return
 
 
-def remove_partial(out: Path) -> None:
-    """Remove what launches that died have left of making `out`, and put `out` back where one was replacing it."""
+def remove_partial(out: Path, *, but: Path | None = None) -> None:
+    """Remove what launches that died have left of making `out`, and put `out` back where one was replacing it.
+
+    The folder `but` stays.
+    """
     for folder in sorted(map(Path, glob.glob(f"{glob.escape(str(out))}.partial-*"))):
         # No lock: it died before it had locked anything, or another launch has removed it.
         if (folder / "lock").exists():
@@ -301,7 +314,7 @@ def remove_partial(out: Path) -> None:
                 if (folder / REPLACED).exists() and not out.exists():
                     os.rename(folder / REPLACED, out)
                     print(f"{out}: put back; a launch died while it was replacing it", flush=True)
-        if folder.exists() and remove_folder(folder):
+        if folder != but and folder.exists() and remove_folder(folder):
             print(f"{folder}: left by a launch that died, removed", flush=True)
 
 

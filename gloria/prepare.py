@@ -3,8 +3,9 @@
 The documents of all sources are spread over buckets by the hash of their text (pass 1), each bucket is
 deduplicated, split and tokenised (pass 2), and the buckets' tokens are written as shards (pass 3). The
 corpus is the same to the last byte for any number of workers, any order of the files and any cutting of the
-documents into files. Where the recipe has [refine], what `gloria.refine`
-has made of the sources is read. The corpus is made in a folder beside and renamed when whole. At the end
+documents into files. Where the recipe has [refine], what `gloria.refine` has made of the sources is read. The corpus is
+made in a folder beside and renamed when whole; killed at any moment, the same command goes on with what is finished
+there. With --update a corpus is made again, and the sources that have not changed are taken over from it. At the end
 the command prints the documents read, dropped by reason and kept of each source.
 """
 
@@ -12,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,26 +21,23 @@ from typing import Any
 
 from gloria.config.cli import option, parse
 from gloria.config.toml import find_recipe
-from gloria.data.corpus import MANIFEST, Manifest, open_corpus, write_manifest
+from gloria.data.corpus import MANIFEST, Manifest, open_corpus, read_manifest, write_manifest
 from gloria.data.prepare.inputs import (
     INPUTS,
     differences,
     find_files,
-    read_recorded_states,
+    read_inputs,
     shorten,
-    text_bytes,
 )
 from gloria.data.prepare.passes import make_corpus
-from gloria.data.prepare.recipe import Recipe, SourceFile, read_recipe, to_record, tokenizer_place
+from gloria.data.prepare.recipe import Recipe, read_recipe, to_record, tokenizer_place
 from gloria.data.prepare.report import report
 from gloria.data.prepare.workers import available_cores
 from gloria.data.refine.plan import make_plan, read_refined, refined_recipe
 from gloria.data.tokenizer import tokenizer_fingerprint
 from gloria.dist.signals import end_on_stop_signals
 from gloria.errors import UserError, run_command, warn
-from gloria.files import partial_folder, publish, size_text
-
-DISK_PER_TEXT_BYTE = 1.5  # the texts compressed, and two copies of their tokens
+from gloria.files import partial_folder, publish
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,10 @@ class PrepareOptions:
     workers: int = option(available_cores(), "processes; any number makes the same corpus", minimum=1)
     budget_tokens: int | None = option(None, "report how many epochs of each source so many tokens are", minimum=1)
     verify: bool = option(False, "check all hashes of an existing corpus")
-    force: bool = option(False, "make an existing corpus again")
+    update: bool = option(
+        False, "make an existing corpus again where its recipe or its sources have changed: the others are taken over"
+    )
+    force: bool = option(False, "make an existing corpus again, from nothing")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     recipe = read_recipe(where)
     out = Path(flags.out or recipe.out)
     recipe, about = of_cleaned_text(recipe, where)
-    if (out / MANIFEST).exists() and not flags.force:
+    if (out / MANIFEST).exists() and not flags.force and not (flags.update and why_outdated(recipe, where, out)):
         manifest = check(recipe, where, out, verify=flags.verify)
     else:
-        manifest = make(recipe, where, out, flags.workers, replace=flags.force, about=about)
+        manifest = make(recipe, where, out, flags.workers, update=flags.update, force=flags.force, about=about)
     print("\n".join(report(manifest, flags.budget_tokens)))
     return 0
 
@@ -91,22 +91,25 @@ def make(
     out: Path,
     workers: int,
     *,
-    replace: bool,
+    update: bool,
+    force: bool,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Manifest:
-    """Make the corpus of a recipe (read from `where`) at `out`, which holds none yet or one to `replace`.
+    """Make the corpus of a recipe (read from `where`) at `out`, which holds none yet, or one to replace.
 
-    `about` is added to the recipe in the manifest.
+    With `update`, and without `force`, what has not changed is taken over from it. `about` is added to the recipe in
+    the manifest.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
         raise UserError(f"{out}: exists and is no corpus; give another --out, or remove it")
     files = find_files(recipe, where)
-    with partial_folder(out) as work:
-        if (out / MANIFEST).exists() and not replace:
+    with partial_folder(out, keep="spill/*.json") as work:
+        is_there = (out / MANIFEST).exists()
+        if is_there and not (update or force):
             raise UserError(f"{out}: another launch has just made it; run this again to check it, or --force")
-        require_disk(files, out)
         try:
-            manifest, stats = make_corpus(recipe, files, where, work, workers)
+            old = out if is_there and not force else None
+            manifest, stats = make_corpus(recipe, files, where, work, workers, old)
             manifest = dataclasses.replace(manifest, recipe={**manifest.recipe, **about})
             write_manifest(work / "corpus", manifest)
         except OSError as error:
@@ -114,26 +117,28 @@ def make(
                 raise
             raise UserError(f"{out}: the disk got full; free some, or give another --out") from None
         open_corpus(work / "corpus", verify=True)
-        publish(work / "corpus", out, replace=replace)
-    print(f"{out}: made from {stats}")
+        publish(work / "corpus", out, replace=is_there)
+    print(f"{out}: made; {stats}")
     return manifest
 
 
 def check(recipe: Recipe, where: str, out: Path, *, verify: bool) -> Manifest:
-    """The manifest of the corpus at `out`; `UserError` unless it is whole and of this recipe.
+    """The manifest of the corpus at `out`; `UserError` unless it is whole and of this recipe and its files.
 
     With `verify` all hashes are checked, without it whether a source's file has changed since.
     """
     manifest = open_corpus(out, verify=verify).manifest
-    require_same(recipe, manifest, where, out)
-    if not verify:
-        require_unchanged(find_files(recipe, where), where, out)
+    if why := why_outdated(recipe, where, out, files=not verify):
+        raise UserError(f"{out}: {why}; --update makes it again where it has changed, --force makes all of it again")
+    if read_inputs(out) is None:
+        warn(f"{out}: has no {INPUTS}, so changes of its sources can't be seen; --force makes it again")
     print(f"{out}: is already whole{', every hash is right' if verify else ''}")
     return manifest
 
 
-def require_same(recipe: Recipe, manifest: Manifest, where: str, out: Path) -> None:
-    """`UserError` unless the corpus at `out` was made by this recipe."""
+def why_outdated(recipe: Recipe, where: str, out: Path, *, files: bool = True) -> str:
+    """Why the corpus at `out` is not of this recipe or, with `files`, not of its files; an empty string if it is."""
+    manifest = read_manifest(out)
     record = to_record(recipe)
     keys = [key for key in record if record[key] != manifest.recipe.get(key)]
     if not keys and recipe.tokenizer.path:
@@ -141,32 +146,12 @@ def require_same(recipe: Recipe, manifest: Manifest, where: str, out: Path) -> N
         if (place / "tokenizer.json").is_file() and tokenizer_fingerprint(place) != made_with:
             keys = ["tokenizer"]
     if keys:
-        raise UserError(
-            f"{out}: was made by another recipe (it differs in {', '.join(keys)}); "
-            "give another --out, or --force to make it again"
-        )
-
-
-def require_unchanged(files: Sequence[Sequence[SourceFile]], where: str, out: Path) -> None:
-    """`UserError` if the sources' files are not those that the corpus at `out` was made from."""
-    states = read_recorded_states(out)
-    if states is None:
-        warn(f"{out}: has no {INPUTS}, so changes of its sources can't be seen; --force makes it again")
-    elif changed := differences(states, files, where):
-        raise UserError(f"{out}: {shorten(changed)} since it was made; --force makes it again")
-
-
-def require_disk(files: Sequence[Sequence[SourceFile]], out: Path) -> None:
-    """`UserError` if the disk may not hold the corpus and what making it needs."""
-    needed = int(DISK_PER_TEXT_BYTE * sum(text_bytes(file) for source in files for file in source))
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < needed:
-        raise UserError(
-            f"{out}: making it takes about {size_text(needed)} of disk and {size_text(free)} are free; "
-            "free some, or give another --out"
-        )
+        return f"was made by another recipe (it differs in {', '.join(keys)})"
+    inputs = read_inputs(out) if files else None
+    changed = differences(inputs[0], find_files(recipe, where), where) if inputs else []
+    return f"{shorten(changed)} since it was made" if changed else ""
 
 
 if __name__ == "__main__":
-    end_on_stop_signals("what is unfinished is removed; the same command starts again")
+    end_on_stop_signals("what is finished is kept; the same command goes on")
     raise SystemExit(run_command(main))

@@ -1,28 +1,37 @@
 """Passes 2 and 3 of `gloria.prepare`: buckets of hashed documents into token shards.
 
 `survey` finds from the hashes alone which documents are duplicates, `choose` which may be for validation;
-`collect_runs` reads what validation holds, `draw` takes the sample that a new tokenizer is trained on,
-`tokenise` turns a bucket into tokens in the order of the hashes, and `gather` puts the buckets of one split of
-one source one after the other and cuts shards at document ends. Each is a function of one task that some
-worker runs; its result depends on the documents only.
+`draw` takes the sample that a new tokenizer is trained on, `tokenise` turns a bucket into tokens in the order of
+the hashes, and `gather` puts the buckets of one split of one source one after the other and cuts shards at document
+ends. Each is a function of one task that some worker runs; its result depends on the documents only.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
 
 from gloria.data.prepare.adopt import range_edges
-from gloria.data.prepare.overlap import places_of, runs_of_words
-from gloria.data.prepare.scatter import Frame, cut_texts, deduplicate, read_kept, read_records, shared_tokenizer
+from gloria.data.prepare.recipe import Recipe
+from gloria.data.prepare.reuse import Known, read_list
+from gloria.data.prepare.scatter import (
+    RECORD,
+    Frame,
+    Reading,
+    cut_texts,
+    deduplicate,
+    read_kept,
+    read_records,
+    shared_tokenizer,
+)
 from gloria.data.prepare.split import Split, candidates
 from gloria.data.shards import ShardEntry, dtype_for_vocab, write_split
 from gloria.data.tokenizer import PIECE_CHARS, TextTokenizer, cut_at_spaces
@@ -31,35 +40,77 @@ from gloria.errors import warn
 ENCODE_BYTES = 1 << 20  # text tokenised at a time: its encodings take many times its size
 WHOLE_PIECES = 4  # times the usual piece: longer texts that can't be cut are reported
 
-_load = functools.lru_cache(maxsize=1)(np.load)
-
 
 @dataclass(frozen=True)
 class BucketTask:
     """One bucket and what the passes over it need to know of the whole corpus."""
 
-    frames: Sequence[Frame]
+    number: int
+    buckets: int
     sources: int
+    frames: Sequence[Frame]
+    listed: Sequence[tuple[int, str]] = ()  # sources that need not be read again, and the lists of their documents
     split: Split | None = None
-    runs: str = ""  # file of the validation documents' runs of words
     chances: np.ndarray = field(default_factory=lambda: np.empty(0))  # (sources,) of a document to be drawn
     tokenizer: str = ""
     out: str = ""  # what the result is written to
 
+    def others(self) -> np.ndarray:
+        """The records of the bucket's documents that are in no frame, RECORD (documents,)."""
+        lists = [read_list(path, source, self.number, self.buckets) for source, path in self.listed]
+        return np.concatenate([np.empty(0, RECORD), *lists])
+
+    def records(self) -> np.ndarray:
+        """The records of all of the bucket's documents, RECORD (documents,)."""
+        return np.concatenate([read_records(self.frames), self.others()])
+
+
+@dataclass
+class Draft:
+    """A corpus in the making: what each source holds, by number."""
+
+    recipe: Recipe
+    work: Path
+    buckets: int
+    readings: dict[int, Reading] = field(default_factory=dict)  # of the sources that are read
+    known: dict[int, Known] = field(default_factory=dict)  # of those that are taken over, and not read
+
+    @property
+    def folder(self) -> Path:
+        return self.work / "corpus"
+
+    def tasks(self, **more: Any) -> list[BucketTask]:
+        """A task for each bucket that holds documents, with `more` for its fields."""
+        listed = [(number, known.documents) for number, known in self.known.items()]
+        tasks = []
+        for bucket in range(self.buckets):
+            frames = [frame for number in self.readings for frame in self.readings[number].frames.get(bucket, ())]
+            if frames or listed:
+                tasks.append(BucketTask(bucket, self.buckets, len(self.recipe.source), frames, listed, **more))
+        return tasks
+
+    def counts(self) -> list[Counter[str]]:
+        """A copy of each source's counts of documents as they were read."""
+        return [
+            Counter(self.readings[i].counts if i in self.readings else self.known[i].record.counts)
+            for i in range(len(self.recipe.source))
+        ]
+
 
 @dataclass(frozen=True)
 class Survey:
-    """A bucket's documents by source, each int64 (sources,)."""
+    """A bucket's documents by source, each (sources,)."""
 
     kept: np.ndarray
     size: np.ndarray  # bytes of what is kept
     duplicate: np.ndarray  # of a document of the same source
     duplicate_elsewhere: np.ndarray  # of one of a source that comes earlier in the recipe
+    identity: np.ndarray  # uint64 (sources, 2), sums of the kept documents' hashes: they say which are kept
 
 
 def survey(task: BucketTask) -> Survey:
     """What is kept of a bucket."""
-    records = read_records(task.frames)
+    records = task.records()
     keep, keeper = deduplicate(records)
     kept = records[keep]
     same = records["source"] == keeper
@@ -69,33 +120,24 @@ def survey(task: BucketTask) -> Survey:
 
     size = np.zeros(task.sources, np.int64)
     np.add.at(size, kept["source"], kept["size"])
+    identity = np.zeros((task.sources, 2), np.uint64)
+    np.add.at(identity, kept["source"], np.stack([kept["high"], kept["low"]], axis=1))  # modulo 2^64
     own = count(kept["source"])
     return Survey(
         kept=own,
         size=size,
         duplicate=count(records["source"][same]) - own,
         duplicate_elsewhere=count(records["source"][~same]),
+        identity=identity,
     )
 
 
 def choose(task: BucketTask) -> np.ndarray:
     """The bucket's candidates for validation, RECORD (candidates,)."""
     assert task.split is not None
-    records = read_records(task.frames)
+    records = task.records()
     kept = records[deduplicate(records)[0]]
     return kept[candidates(kept["source"], kept["low"], kept["size"], task.split.most)]
-
-
-def collect_runs(task: BucketTask) -> list[tuple[int, np.ndarray]]:
-    """Source and runs of words, uint64 (runs,), of the bucket's validation documents that have any."""
-    assert task.split is not None
-    records = read_records(task.frames)
-    if not task.split.is_valid(records).any():  # most buckets have none, and their texts need not be read
-        return []
-    records, texts = read_kept(task.frames)
-    chosen = np.flatnonzero(task.split.is_valid(records))
-    found = [(int(records["source"][i]), runs_of_words(_text(records[i], texts[i]))) for i in chosen]
-    return [(source, runs) for source, runs in found if len(runs)]
 
 
 def _text(record: np.void, data: bytes) -> str:
@@ -108,7 +150,7 @@ def draw(task: BucketTask) -> np.ndarray:
     A document for training is drawn with its source's chance. What decides is the sum of the hash's halves,
     which is independent of the half that splits, and of the half that orders.
     """
-    records, texts = read_kept(task.frames)
+    records, texts = read_kept(task.frames, task.others())
     chance = (records["high"] + records["low"]).astype(np.float64) / 2.0**64
     assert task.split is not None
     chosen = (chance < task.chances[records["source"]]) & ~task.split.is_valid(records)
@@ -147,28 +189,19 @@ class Segment(NamedTuple):
     first_token: int
 
 
-class Tokenised(NamedTuple):
-    """What `tokenise` made of a bucket."""
+def tokenise(task: BucketTask) -> dict[str, Any]:
+    """Write the tokens of the documents in a bucket's frames, each with its EOS, and their lengths to `task.out`,
+    grouped by source and split.
 
-    segments: list[Segment]
-    seconds: float  # spent in the tokenizer
-    met: np.ndarray  # uint64 (runs,), ascending: validation's runs of words that training documents hold too
-
-
-def tokenise(task: BucketTask) -> Tokenised:
-    """Write the tokens of a bucket's documents, each with its EOS, and their lengths to `task.out`, grouped
-    by source and split.
+    Gives the "segments", without their prefix, and the "seconds" spent in the tokenizer.
     """
     assert task.split is not None
     tokenizer = shared_tokenizer(task.tokenizer)
-    held_out = _load(task.runs)
-    records, texts = read_kept(task.frames)
-    valid = task.split.is_valid(records)
-    group = records["source"] * 2 + valid
+    records, texts = read_kept(task.frames, task.others())
+    group = records["source"] * 2 + task.split.is_valid(records)
     order = np.argsort(group, kind="stable")  # within a group they stay in the order of the hashes
     lengths = np.empty(len(order), np.int32)
     words = np.zeros(len(order), np.int64)
-    met = np.zeros(len(held_out), bool)
     seconds = 0.0
     with open(f"{task.out}.tokens", "wb") as file:
         offsets = np.concatenate([[0], np.cumsum(records["size"][order])])
@@ -177,16 +210,12 @@ def tokenise(task: BucketTask) -> Tokenised:
             batch = [_text(records[i], texts[i]) for i in order[first:last]]
             encoded = _encode(tokenizer, batch, [texts[i][records["size"][i] :] for i in order[first:last]])
             seconds += time.perf_counter() - start
-            file.write(np.concatenate(encoded).tobytes())
+            file.write(b"".join(document.data for document in encoded))
             lengths[first:last] = [len(document) for document in encoded]
-            for number, text in enumerate(batch, first):
-                for piece in cut_at_spaces(text):
-                    words[number] += len(piece.split())
-                    if not valid[order[number]]:
-                        met[places_of(runs_of_words(piece), held_out)] = True
+            words[first:last] = [sum(len(piece.split()) for piece in cut_at_spaces(text)) for text in batch]
     lengths.tofile(f"{task.out}.lengths")
     segments = _segments(task.out, group[order], lengths, records["size"][order], words)
-    return Tokenised(segments, seconds, held_out[met])
+    return {"segments": [segment[1:] for segment in segments], "seconds": seconds}
 
 
 def _encode(tokenizer: TextTokenizer, texts: Sequence[str], tokens: Sequence[bytes]) -> list[np.ndarray]:

@@ -18,9 +18,10 @@ from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceFile
 from gloria.data.prepare.text import SUFFIXES, TEXT_PER_BYTE, format_of
 from gloria.data.prepare.workers import Workers
 from gloria.errors import UserError, warn
-from gloria.files import hash_file, read_json_object
+from gloria.files import hash_file, read_json_object, write_whole
 
 INPUTS = "inputs.json"  # in the corpus folder
+MOST_BYTES = 1 << 30  # of it: a line a file of the sources
 SHOWN = 3
 
 
@@ -166,6 +167,15 @@ class InputState(NamedTuple):
     hash: str  # xxh3-128 of its bytes
 
 
+class SourceRecord(NamedTuple):
+    """What the corpus before says of a source, so that the next one can take it over."""
+
+    key: str  # of what its documents depend on
+    counts: dict[str, int]  # of its documents as they were read
+    documents: str  # xxh3-128 of its list of documents
+    kept: list[int]  # `Survey.identity`: which of them no source before it holds
+
+
 def input_state(path: str) -> InputState:
     """The state of the file at `path`."""
     before = os.stat(path)
@@ -175,14 +185,22 @@ def input_state(path: str) -> InputState:
         raise UserError(f"{path}: can't be read ({error.strerror}); check the file") from None
 
 
-def read_states(files: Sequence[Sequence[SourceFile]], where: str, pool: Workers) -> dict[str, InputState]:
-    """The state of every file by `input_key`."""
-    paths = [path for source in files for file in source for path in input_paths(file)]
-    states = pool.map(input_state, paths, "hashing sources")
-    return dict(zip(_keys(files, where), states))
+def read_states(
+    files: Sequence[Sequence[SourceFile]], where: str, pool: Workers, recorded: Mapping[str, InputState]
+) -> dict[str, InputState]:
+    """The state of every file by its key of `input_keys`. Those are not read again that are as `recorded`."""
+    keys = input_keys(files, where)
+    unknown = [key for key, path in keys.items() if not _is_as_recorded(path, recorded.get(key))]
+    read = dict(zip(unknown, pool.map(input_state, [keys[key] for key in unknown], "hashing sources")))
+    return {key: read[key] if key in read else recorded[key] for key in keys}
 
 
-def _keys(files: Sequence[Sequence[SourceFile]], where: str) -> dict[str, str]:
+def _is_as_recorded(path: str, state: InputState | None) -> bool:
+    found = os.stat(path)
+    return state is not None and (found.st_size, found.st_ctime_ns) == (state.size, state.changed)
+
+
+def input_keys(files: Sequence[Sequence[SourceFile]], where: str) -> dict[str, str]:
     """The paths of all files by source and path relative to the recipe, which stay when its folder is moved."""
     base = Path(where).parent
     return {
@@ -198,7 +216,7 @@ def differences(recorded: Mapping[str, InputState], files: Sequence[Sequence[Sou
 
     A file's bytes are read again only if its time of change is another.
     """
-    found = _keys(files, where)
+    found = input_keys(files, where)
     lines = [f"{found[key]} is new" for key in found if key not in recorded]
     for key, state in recorded.items():
         if key not in found or not os.path.exists(found[key]):
@@ -215,18 +233,27 @@ def shorten(lines: Sequence[str]) -> str:
     return ", ".join(lines[:SHOWN]) + (f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")
 
 
-def write_states(folder: Path, states: Mapping[str, InputState]) -> None:
-    """Write `inputs.json`, which depends on paths and times, beside the manifest, which depends on documents only."""
-    (folder / INPUTS).write_text(json.dumps({key: list(state) for key, state in states.items()}, indent=0) + "\n")
+def write_inputs(path: Path, states: Mapping[str, InputState], sources: Mapping[str, SourceRecord]) -> None:
+    """Write `inputs.json`. It depends on paths and times; the manifest beside it depends on documents only."""
+    values = {
+        "files": {key: list(state) for key, state in states.items()},
+        "sources": {name: record._asdict() for name, record in sources.items()},
+    }
+    write_whole(path, (json.dumps(values, indent=0) + "\n").encode(), durable=False)
 
 
-def read_recorded_states(folder: Path) -> dict[str, InputState] | None:
-    """What `write_states` wrote, None where it is missing."""
+def read_inputs(folder: Path) -> tuple[dict[str, InputState], dict[str, SourceRecord]] | None:
+    """What `write_inputs` wrote in a folder, None where it is missing. Files of old hold no records of sources."""
     path = folder / INPUTS
     remedy = "remove it, or --force to make the corpus again"
     try:
-        return {key: InputState(*values) for key, values in read_json_object(path, remedy).items()}
+        values = read_json_object(path, remedy, MOST_BYTES)
+        files = values.get("files", {} if "sources" in values else values)
+        return (
+            {key: InputState(*state) for key, state in files.items()},
+            {name: SourceRecord(**record) for name, record in values.get("sources", {}).items()},
+        )
     except FileNotFoundError:
         return None
-    except TypeError:
+    except (TypeError, AttributeError):
         raise UserError(f"{path}: is not the list that was written; {remedy}") from None

@@ -6,41 +6,68 @@ The parent plans, the workers do, and what crosses between them is counts and pl
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from gloria.data.corpus import FORMAT, SPLITS, TOKENIZER, Manifest, SourceEntry, SplitEntry, TokenizerEntry
 from gloria.data.prepare.buckets import (
-    BucketTask,
+    Draft,
     GatherTask,
     Segment,
     choose,
-    collect_runs,
-    draw,
     gather,
-    read_sample,
     survey,
     tokenise,
 )
-from gloria.data.prepare.inputs import differences, read_states, shorten, write_states
-from gloria.data.prepare.overlap import near_duplicates
-from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceFile, to_record, tokenizer_place
+from gloria.data.prepare.inputs import (
+    INPUTS,
+    InputState,
+    SourceRecord,
+    differences,
+    input_keys,
+    read_inputs,
+    read_states,
+    shorten,
+    text_bytes,
+    write_inputs,
+)
+from gloria.data.prepare.overlap import count_near
+from gloria.data.prepare.recipe import Recipe, SourceFile, to_record, tokenizer_place
 from gloria.data.prepare.report import NEAR, heading, in_order
-from gloria.data.prepare.scatter import RECORD, Frame, long_documents, read_sources
+from gloria.data.prepare.reuse import (
+    LIST,
+    VERSION,
+    ListTask,
+    find_known,
+    key_of_pieces,
+    take_over,
+    write_list,
+)
+from gloria.data.prepare.scatter import (
+    RECORD,
+    Piece,
+    count_buckets,
+    long_documents,
+    read_sources,
+    shared_tokenizer,
+)
 from gloria.data.prepare.split import Split, candidates, most_bytes, validation_bound
-from gloria.data.prepare.text import clean
+from gloria.data.prepare.training import make_tokenizer, warn_of_lossy, warn_of_training
+from gloria.data.prepare.units import Unit, hash_values, run_units
 from gloria.data.prepare.workers import Workers
-from gloria.data.tokenizer import TextTokenizer, import_tokenizer, train_tokenizer
-from gloria.errors import UserError, warn
+from gloria.data.tokenizer import TextTokenizer, import_tokenizer
+from gloria.errors import UserError
 from gloria.files import size_text
 
+DISK_PER_TEXT_BYTE = 1.5  # the texts compressed, and two copies of their tokens
 MOST_FRESH = 1 << 20  # candidates for validation that wait to be chosen from
 
 
@@ -48,7 +75,7 @@ MOST_FRESH = 1 << 20  # candidates for validation that wait to be chosen from
 class PrepareStats:
     """What the passes took, training a tokenizer apart."""
 
-    text: int  # bytes that were kept
+    text: int  # bytes that were tokenised
     seconds: float  # by the clock
     encoding: float  # seconds in the tokenizer, summed over the workers
     workers: int
@@ -56,53 +83,114 @@ class PrepareStats:
     def __str__(self) -> str:
         megabytes, spent = self.text / 1e6, self.seconds * self.workers
         return (
-            f"{megabytes:,.1f} MB of text in {self.seconds:.1f} s with {self.workers} workers: "
+            f"{megabytes:,.1f} MB of text tokenised, in {self.seconds:.1f} s with {self.workers} workers: "
             f"{megabytes / spent:.2f} MB/s each, {self.encoding / spent:.0%} of their time in the tokenizer"
         )
 
 
 def make_corpus(
-    recipe: Recipe, files: Sequence[Sequence[SourceFile]], where: str, work: Path, workers: int
+    recipe: Recipe,
+    files: Sequence[Sequence[SourceFile]],
+    where: str,
+    work: Path,
+    workers: int,
+    old: Path | None = None,
 ) -> tuple[Manifest, PrepareStats]:
     """Make the corpus of a recipe (read from `where`) in `work`/corpus, and return the manifest it lacks.
 
-    `files` are those of each source, as `find_files` gives them; `UserError` says what is wrong with them.
+    `files` are those of each source, as `find_files` gives them; `UserError` says what is wrong with them. What an
+    earlier launch has finished in `work` is not done again, nor is what the corpus `old` holds of unchanged sources.
     """
-    folder = work / "corpus"
-    folder.mkdir()
+    draft = Draft(recipe, work, count_buckets(files))
+    shutil.rmtree(draft.folder, ignore_errors=True)
+    draft.folder.mkdir()
+    shared_tokenizer.cache_clear()  # of another corpus, whose tokenizer lay in the same place
     start = time.perf_counter()
     try:
         with Workers(workers) as pool:
-            states = read_states(files, where, pool)
+            states = read_states(files, where, pool, recorded_states(work, old))
+            write_inputs(work / INPUTS, states, {})
+            tokenizer = None
             if recipe.tokenizer.path:
-                tokenizer = import_tokenizer(tokenizer_place(recipe, where), folder / TOKENIZER)
+                tokenizer = import_tokenizer(tokenizer_place(recipe, where), draft.folder / TOKENIZER)
                 warn_of_lossy(recipe, tokenizer)
-            counts, frames = read_sources(recipe, files, work, str(folder / TOKENIZER), pool)
-            if changed := differences(states, files, where):
-                raise UserError(f"{shorten(changed)} while it was read; start again when the files are complete")
-            size, split = survey_buckets(recipe, counts, frames, pool)
+            hashes = {path: states[key].hash for key, path in input_keys(files, where).items()}
+
+            def key_of(number: int, pieces: Sequence[Piece]) -> str:
+                return key_of_pieces(recipe, number, pieces, hashes, tokenizer.fingerprint if tokenizer else "")
+
+            def read(numbers: Iterable[int]) -> None:
+                require_disk([file for number in numbers for file in files[number]], work)
+                keys = {number: functools.partial(key_of, number) for number in numbers}
+                chosen = {number: files[number] for number in keys}
+                draft.readings |= read_sources(recipe, chosen, keys, work, draft.buckets, pool)
+
+            keys = [key_of(number, [Piece(number, file) for file in found]) for number, found in enumerate(files)]
+            if old and tokenizer:
+                draft.known = find_known(old, recipe, keys, tokenizer.fingerprint, pool)
+            elif old:
+                warn_of_training(old)
+            read([number for number in range(len(files)) if number not in draft.known])
+            as_read = draft.counts()
+            counts, size, identity = survey_buckets(draft, pool)
+            if changed := drop_changed(draft, identity):
+                read(changed)
+            if changed_files := differences(states, files, where):
+                raise UserError(f"{shorten(changed_files)} while it was read; start again when the files are complete")
+            split = split_documents(draft, size, pool)
             trained = -time.perf_counter()
-            if not recipe.tokenizer.path:
-                tokenizer = make_tokenizer(recipe, size, split, frames, work, pool)
+            if tokenizer is None:
+                tokenizer = make_tokenizer(draft, size, split, pool)
             trained += time.perf_counter()
-            segments, encoding = tokenise_buckets(counts, split, frames, work, pool)
-            shutil.rmtree(work / "spill")
-            sources = gather_shards(recipe, counts, segments, tokenizer.vocab_size, folder, pool)
+            segments, text, encoding = tokenise_buckets(draft, split, tokenizer, pool)
+            sources = gather_shards(draft, counts, segments, tokenizer.vocab_size, pool)
+            lists = list_documents(draft, pool)
     except (BrokenProcessPool, MemoryError):
         raise UserError(_why_died(work, workers)) from None
-    write_states(folder, states)
-    stats = PrepareStats(int(size.sum()), time.perf_counter() - start - trained, encoding, workers)
+    records = {
+        source.name: SourceRecord(keys[number], dict(as_read[number]), lists[number], identity[number].tolist())
+        for number, source in enumerate(recipe.source)
+    }
+    write_inputs(draft.folder / INPUTS, states, records)
+    stats = PrepareStats(text, time.perf_counter() - start - trained, encoding, workers)
     entry = TokenizerEntry(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     return Manifest(FORMAT, entry, sources, to_record(recipe)), stats
 
 
-def warn_of_lossy(recipe: Recipe, tokenizer: TextTokenizer) -> None:
-    """Warn where a document can be tokens in one source and text in another without being found to be equal."""
-    probe = "Ação, «Ébano»: 12\n  dois"
-    if len({source.format == MEGATRON for source in recipe.source}) > 1 and (
-        clean(tokenizer.decode(tokenizer.encode(probe))) != probe
-    ):
-        warn("tokenizer: changes texts, so equal documents in token shards and in text sources may not be found")
+def require_disk(files: Sequence[SourceFile], work: Path) -> None:
+    """`UserError` if the disk may not hold what making a corpus of these files needs; some may be in `work` already."""
+    needed = int(DISK_PER_TEXT_BYTE * sum(map(text_bytes, files)))
+    free = shutil.disk_usage(work).free + sum(path.stat().st_size for path in work.rglob("*"))
+    if free < needed:
+        raise UserError(
+            f"{work.parent}: making the corpus takes about {size_text(needed)} of disk and {size_text(free)} are free; "
+            "free some, or give another --out"
+        )
+
+
+def recorded_states(work: Path, old: Path | None) -> dict[str, InputState]:
+    """The states of files that the older corpus and an earlier launch have read."""
+    found: dict[str, InputState] = {}
+    for folder in (old, work):
+        if folder and (inputs := read_inputs(folder)):
+            found |= inputs[0]
+    return found
+
+
+def drop_changed(draft: Draft, identity: np.ndarray) -> list[int]:
+    """Take the sources of which other documents are kept than before out of the known ones; their numbers.
+
+    An earlier source holds other texts, which are duplicates of theirs.
+    """
+    changed = [number for number, known in draft.known.items() if identity[number].tolist() != known.record.kept]
+    for number in changed:
+        name = draft.recipe.source[number].name
+        print(f'source "{name}": an earlier source has changed which of its documents are duplicates', flush=True)
+        del draft.known[number]
+    if draft.known:
+        total = len(draft.recipe.source)
+        print(f"{len(draft.known)} of {total} sources are unchanged, and taken over", flush=True)
+    return changed
 
 
 def _why_died(work: Path, workers: int) -> str:
@@ -115,19 +203,21 @@ def _why_died(work: Path, workers: int) -> str:
     return f"{what}; give it more memory{fewer}"
 
 
-def survey_buckets(
-    recipe: Recipe, counts: Sequence[Counter[str]], frames: Sequence[Sequence[Frame]], pool: Workers
-) -> tuple[np.ndarray, Split]:
-    """Pass 2, first look: what is kept, added to the `counts`; bytes of text by source, (sources,); the split."""
-    sources = len(recipe.source)
-    size = np.zeros(sources, np.int64)
-    for found in pool.map(survey, [BucketTask(bucket, sources) for bucket in frames], "deduplicating"):
+def survey_buckets(draft: Draft, pool: Workers) -> tuple[list[Counter[str]], np.ndarray, np.ndarray]:
+    """Pass 2, first look: counts of documents by source; bytes of text of what is kept, (sources,), and which these
+    documents are, `Survey.identity`, (sources, 2).
+    """
+    sources = draft.recipe.source
+    counts = draft.counts()
+    size, identity = np.zeros(len(sources), np.int64), np.zeros((len(sources), 2), np.uint64)
+    for found in pool.map(survey, draft.tasks(), "deduplicating"):
         size += found.size
+        identity += found.identity
         for key in ("kept", "duplicate", "duplicate_elsewhere"):
             for count, number in zip(counts, getattr(found, key).tolist()):
                 count[key] += number
     problems = []
-    for source, count in zip(recipe.source, counts):
+    for source, count in zip(sources, counts):
         if not count["kept"]:
             reasons = [f"{number:,} {heading(key)}" for key, number in count.items() if number and key != "read"]
             left = f"no document is left of {count['read']:,} ({', '.join(reasons)})"
@@ -137,18 +227,23 @@ def survey_buckets(
             )
     if problems:
         raise UserError(*problems)
-    split = Split(most_bytes(size), np.zeros(sources, np.uint64))
+    return counts, size, identity
+
+
+def split_documents(draft: Draft, size: np.ndarray, pool: Workers) -> Split:
+    """Which documents are for validation, of sources of `size` bytes each, (sources,)."""
+    split = Split(most_bytes(size), np.zeros(len(size), np.uint64))
     chosen = np.empty(0, RECORD)
     fresh: list[np.ndarray] = []
-    for records in pool.map(choose, [BucketTask(bucket, sources, split) for bucket in frames], "splitting"):
+    for records in pool.map(choose, draft.tasks(split=split), "splitting"):
         fresh.append(records)
         if sum(map(len, fresh)) > MOST_FRESH:
             chosen, fresh = _choose([chosen, *fresh], split), []
     chosen = _choose([chosen, *fresh], split)
-    for number in range(sources):
+    for number, total in enumerate(size.tolist()):
         own = chosen[chosen["source"] == number]
-        split.bounds[number] = validation_bound(own["low"], own["size"], int(size[number]))
-    return size, split
+        split.bounds[number] = validation_bound(own["low"], own["size"], total)
+    return split
 
 
 def _choose(parts: Sequence[np.ndarray], split: Split) -> np.ndarray:
@@ -156,92 +251,85 @@ def _choose(parts: Sequence[np.ndarray], split: Split) -> np.ndarray:
     return records[candidates(records["source"], records["low"], records["size"], split.most)]
 
 
-def make_tokenizer(
-    recipe: Recipe, size: np.ndarray, split: Split, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
-) -> TextTokenizer:
-    """The tokenizer in `work`/corpus/tokenizer, trained on a sample that is drawn by weight.
-
-    Each source gives its share of `sample_bytes`, as documents of training, or all of them where it has less.
-    """
-    folder = work / "corpus" / TOKENIZER
-    config = recipe.tokenizer
-    weights = np.array([source.weight for source in recipe.source])
-    chances = config.sample_bytes * weights / weights.sum() / size
-    (work / "sample").mkdir()
-    tasks = [
-        BucketTask(bucket, len(weights), split, chances=chances, out=str(work / "sample" / f"{number:05d}"))
-        for number, bucket in enumerate(frames)
-    ]
-    drawn = sum(pool.map(draw, tasks, "drawing a sample"), np.zeros(len(weights), np.int64))
-    parts = ", ".join(f"{source.name} {size / 1e6:.2f}" for source, size in zip(recipe.source, drawn.tolist()))
-    print(f"tokenizer: training on {drawn.sum() / 1e6:.2f} MB drawn by weight ({parts})", flush=True)
-    tokenizer = train_tokenizer(config, read_sample([task.out for task in tasks]), folder)
-    shutil.rmtree(work / "sample")
-    return tokenizer
-
-
 def tokenise_buckets(
-    counts: Sequence[Counter[str]], split: Split, frames: Sequence[Sequence[Frame]], work: Path, pool: Workers
-) -> tuple[dict[tuple[int, bool], list[Segment]], float]:
-    """Pass 2, second look: the buckets' tokens by (source, is validation); seconds spent in the tokenizer.
-
-    Adds to the `counts` how many validation documents are near-duplicates of training text.
+    draft: Draft, split: Split, tokenizer: TextTokenizer, pool: Workers
+) -> tuple[dict[tuple[int, bool], list[Segment]], int, float]:
+    """Pass 2, second look: the buckets' tokens by (source, is validation); bytes of text that this launch has
+    tokenised, and seconds spent on it in the tokenizer.
     """
-    (work / "tokens").mkdir()
-    tasks = [
-        BucketTask(
-            bucket,
-            len(counts),
-            split,
-            tokenizer=str(work / "corpus" / TOKENIZER),
-            runs=str(work / "runs.npy"),
-            out=str(work / "tokens" / f"{number:05d}"),
-        )
-        for number, bucket in enumerate(frames)
+    folder = draft.work / "tokens"
+    folder.mkdir(exist_ok=True)
+    read = {number: reading.keys for number, reading in draft.readings.items()}
+    taken_over = {number: known.record.key for number, known in draft.known.items()}
+    of_split = [split.most.tolist(), split.bounds.tolist()]
+    key = hash_values([VERSION, draft.buckets, read, taken_over, of_split, tokenizer.fingerprint])
+    units = [
+        Unit(replace(task, out=str(folder / f"{task.number:05d}")), str(folder / f"{task.number:05d}"), key)
+        for task in draft.tasks(split=split, tokenizer=str(draft.folder / TOKENIZER))
+        if task.frames
     ]
-    held_out = [document for found in pool.map(collect_runs, tasks, "reading validation") for document in found]
-    runs = [runs for _, runs in held_out]
-    np.save(work / "runs.npy", np.unique(np.concatenate(runs)) if runs else np.empty(0, np.uint64))
     segments: dict[tuple[int, bool], list[Segment]] = defaultdict(list)
-    met = np.empty(0, np.uint64)
-    seconds = 0.0
-    for found in pool.map(tokenise, tasks, "tokenising"):
-        seconds += found.seconds
-        met = np.union1d(met, found.met)
-        for segment in found.segments:
+    text, seconds = 0, 0.0
+    for unit, (value, is_kept) in run_units(tokenise, units, pool, "tokenising"):
+        found = [Segment(unit.out, *row) for row in value["segments"]]
+        for segment in found:
             segments[segment.source, segment.valid].append(segment)
-    for count, number in zip(counts, near_duplicates(held_out, met, len(counts)).tolist()):
-        count[NEAR] += number
-    return segments, seconds
+        if not is_kept:
+            text += sum(segment.size for segment in found)
+            seconds += value["seconds"]
+    return segments, text, seconds
 
 
 def gather_shards(
-    recipe: Recipe,
+    draft: Draft,
     counts: Sequence[Counter[str]],
     segments: dict[tuple[int, bool], list[Segment]],
     vocab_size: int,
-    folder: Path,
     pool: Workers,
 ) -> list[SourceEntry]:
     """Pass 3: the shards of each source, for training and validation, and what the manifest says of them."""
-    tasks = [
-        GatherTask(
+    recipe = draft.recipe
+    tasks = {
+        (number, valid): GatherTask(
             segments.get((number, valid), []),
-            str(folder),
-            f"{source.name}/{SPLITS[valid]}",
+            str(draft.folder),
+            f"{recipe.source[number].name}/{SPLITS[valid]}",
             vocab_size,
             recipe.shard_tokens,
         )
-        for number, source in enumerate(recipe.source)
+        for number in sorted(draft.readings)
         for valid in (False, True)
-    ]
-    entries = []
-    for task, shards in zip(tasks, pool.map(gather, tasks, "writing shards")):
+    }
+    splits = {
+        place: split
+        for number, known in draft.known.items()
+        for place, split in (((number, False), known.entry.train), ((number, True), known.entry.valid))
+    }
+    for (place, task), shards in zip(tasks.items(), pool.map(gather, list(tasks.values()), "writing shards")):
         documents, tokens, size, words = (
             sum(getattr(segment, key) for segment in task.segments) for key in ("documents", "tokens", "size", "words")
         )
-        entries.append(SplitEntry(documents, tokens, size, words, shards))
-    return [
-        SourceEntry(source.name, source.weight, train, valid, in_order(count))
-        for source, train, valid, count in zip(recipe.source, entries[::2], entries[1::2], counts)
+        splits[place] = SplitEntry(documents, tokens, size, words, shards)
+    for known in draft.known.values():
+        take_over(known, draft.folder)
+    entries = [
+        SourceEntry(source.name, source.weight, splits[number, False], splits[number, True], {})
+        for number, source in enumerate(recipe.source)
     ]
+    near = count_near(entries, draft.folder, draft.work, pool)
+    return [
+        replace(entry, counts=in_order({**count, NEAR: number})) for entry, count, number in zip(entries, counts, near)
+    ]
+
+
+def list_documents(draft: Draft, pool: Workers) -> dict[int, str]:
+    """Write the lists of the documents of the sources that were read; the hashes of all lists, by source."""
+    tasks = {
+        number: ListTask(
+            [reading.frames.get(bucket, []) for bucket in range(draft.buckets)],
+            str(draft.folder / draft.recipe.source[number].name / LIST),
+        )
+        for number, reading in draft.readings.items()
+    }
+    hashes = dict(zip(tasks, pool.map(write_list, list(tasks.values()), "listing documents")))
+    return {**{number: known.record.documents for number, known in draft.known.items()}, **hashes}

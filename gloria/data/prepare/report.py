@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from gloria.data.corpus import Manifest, SourceEntry
-from gloria.data.prepare.overlap import NEAR_SHARE, WORDS
+from gloria.data.prepare.overlap import NEAR_SHARE, RUN_TOKENS
 from gloria.data.prepare.split import MOST_BYTES, MOST_SHARE
 
 NEAR = "valid_near_train"  # key of a source's counts: validation documents nearly equal to training text
@@ -62,7 +62,7 @@ def _about_validation(source: SourceEntry) -> Iterator[str]:
         limit = f"{MOST_SHARE:.0%} of its text and {MOST_BYTES / 1e6:g} MB"
         yield f'source "{source.name}" has no validation: each of its documents is more than {limit}'
     if near := source.counts.get(NEAR):
-        share = f"{NEAR_SHARE:.0%} or more of their runs of {WORDS} words with training text"
+        share = f"{NEAR_SHARE:.0%} or more of their runs of {RUN_TOKENS} tokens with training text"
         yield f'source "{source.name}": {near:,} of {source.valid.documents:,} validation documents share {share}'
 
 

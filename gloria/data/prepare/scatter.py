@@ -14,27 +14,30 @@ import heapq
 import io
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 import zstandard
 
+from gloria.data.corpus import TOKENIZER
 from gloria.data.prepare.adopt import cut_documents, read_shard
 from gloria.data.prepare.filters import ask_filter
 from gloria.data.prepare.inputs import text_bytes
 from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceConfig, SourceFile
 from gloria.data.prepare.report import FILTERED
 from gloria.data.prepare.text import Document, clean, lines_before, read_documents
+from gloria.data.prepare.units import Unit, hash_values, run_units
 from gloria.data.prepare.workers import Workers
 from gloria.data.tokenizer import load_tokenizer
 from gloria.errors import UserError, warn
 
 PIECE_BYTES = 64 << 20  # of an uncompressed file that a worker reads at a stretch
 BATCH_BYTES = 1 << 30  # text of a spill file, about
+LEAST_BATCHES = 16  # of a source, if it has so many files or pieces: work for several workers
 BUCKET_BYTES = 64 << 20  # text of a bucket, which a worker holds in memory
 LEAST_BUCKETS, MOST_BUCKETS = 64, 4096
 SPILL_BYTES = 64 << 20  # text a worker holds before it writes it out
@@ -62,9 +65,10 @@ class Piece(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Some of one bucket's documents in a spill file."""
+    """Some of one bucket's documents, all of one source, in a spill file."""
 
     spill: str
+    source: int
     offset: int
     documents: int
     packed: int  # bytes of the compressed texts
@@ -72,13 +76,13 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class ScatterTask:
-    """Pieces to read into one spill file."""
+    """Pieces of one source to read into one spill file."""
 
     pieces: Sequence[Piece]
-    sources: Sequence[SourceConfig]
+    source: SourceConfig
     seed: int
     buckets: int
-    spill: str
+    out: str  # of the spill file, without its ending
     tokenizer: str  # folder; needed for token shards only
 
 
@@ -91,33 +95,58 @@ class PieceCounts:
     malformed: list[tuple[int, str]] = field(default_factory=list)
 
 
-def read_sources(
-    recipe: Recipe, files: Sequence[Sequence[SourceFile]], work: Path, tokenizer: str, pool: Workers
-) -> tuple[list[Counter[str]], list[list[Frame]]]:
-    """Pass 1. Counts of documents by source, and the frames of each bucket that holds any, in order.
+@dataclass
+class Reading:
+    """What pass 1 has made of a source."""
 
-    `tokenizer` is the folder of the tokenizer that token shards were made with.
+    counts: Counter[str] = field(default_factory=Counter)
+    frames: dict[int, list[Frame]] = field(default_factory=lambda: defaultdict(list))  # by bucket
+    keys: list[str] = field(default_factory=list)  # of the units that read it
+
+
+def read_sources(
+    recipe: Recipe,
+    files: Mapping[int, Sequence[SourceFile]],
+    keys: Mapping[int, Callable[[Sequence[Piece]], str]],
+    work: Path,
+    buckets: int,
+    pool: Workers,
+) -> dict[int, Reading]:
+    """Pass 1, of the sources (by number) whose `files` are given.
+
+    `keys` gives what the documents of some of a source's pieces depend on.
     """
-    found = [(number, file) for number, source in enumerate(files) for file in source]
-    total = sum(text_bytes(file) for _, file in found)
-    buckets = min(max(total // BUCKET_BYTES, LEAST_BUCKETS), MOST_BUCKETS)
-    pieces = [piece for number, file in found for piece in cut_pieces(number, file)]
-    (work / "spill").mkdir()
-    tasks = [
-        ScatterTask(batch, recipe.source, recipe.seed, buckets, str(work / "spill" / f"{number:05d}"), tokenizer)
-        for number, batch in enumerate(_batches(pieces, max(4 * pool.count, total // BATCH_BYTES)))
-    ]
+    (work / "spill").mkdir(exist_ok=True)
+    units = []
+    for number, found in files.items():
+        source = recipe.source[number]
+        pieces = [piece for file in found for piece in cut_pieces(number, file)]
+        least = sum(map(text_bytes, found)) // BATCH_BYTES
+        for index, batch in enumerate(_batches(pieces, max(LEAST_BATCHES, least))):
+            out = str(work / "spill" / f"{source.name}-{index:05d}")
+            task = ScatterTask(batch, source, recipe.seed, buckets, out, str(work / "corpus" / TOKENIZER))
+            units.append(Unit(task, out, hash_values([buckets, keys[number](batch)])))
     results: list[PieceCounts] = []
-    frames: dict[int, list[Frame]] = defaultdict(list)
-    for found_counts, buckets_frames in pool.map(scatter, tasks, "reading"):
-        results += found_counts
-        for bucket, more in buckets_frames.items():
-            frames[bucket] += more
-    counts = [Counter[str]() for _ in recipe.source]
-    for result in results:
-        counts[result.piece.source] += result.counts
-    report_malformed(recipe, counts, results)
-    return counts, [frames[bucket] for bucket in sorted(frames)]
+    readings = {number: Reading() for number in files}
+    for unit, (value, _) in run_units(scatter, units, pool, "reading"):
+        number = unit.task.pieces[0].source
+        reading = readings[number]
+        reading.keys.append(unit.key)
+        for piece, (counts, malformed) in zip(unit.task.pieces, value["pieces"]):
+            reading.counts += Counter(counts)
+            results.append(PieceCounts(piece, Counter(counts), [(line, problem) for line, problem in malformed]))
+        for bucket, offset, documents, packed in value["frames"]:
+            reading.frames[bucket].append(Frame(f"{unit.out}.spill", number, offset, documents, packed))
+    report_malformed(
+        recipe, [readings[i].counts if i in readings else Counter() for i in range(len(recipe.source))], results
+    )
+    return readings
+
+
+def count_buckets(files: Sequence[Sequence[SourceFile]]) -> int:
+    """Into how many buckets the documents go: a power of two, so that it seldom changes when a source does."""
+    total = sum(text_bytes(file) for source in files for file in source)
+    return min(max(1 << (total // BUCKET_BYTES).bit_length(), LEAST_BUCKETS), MOST_BUCKETS)
 
 
 def cut_pieces(source: int, file: SourceFile) -> list[Piece]:
@@ -178,13 +207,17 @@ def _some(places: Sequence[str], number: int) -> str:
     return ", ".join(places[:SHOWN]) + (", ..." if number > SHOWN else "")
 
 
-def scatter(task: ScatterTask) -> tuple[list[PieceCounts], dict[int, list[Frame]]]:
-    """Read, clean and hash the pieces' documents into the task's spill file; counts by piece, frames by bucket."""
-    with open(task.spill, "wb") as file:
-        spill = _Spill(file, task.spill, task.buckets)
+def scatter(task: ScatterTask) -> dict[str, Any]:
+    """Read, clean and hash the pieces' documents into the task's spill file.
+
+    Gives "pieces", for each its counts and its first malformed documents, and "frames" as (bucket, offset, documents,
+    packed).
+    """
+    with open(f"{task.out}.spill", "wb") as file:
+        spill = _Spill(file, task.buckets)
         counts = [_scatter_piece(piece, task, spill) for piece in task.pieces]
         spill.flush()
-    return counts, spill.frames
+    return {"pieces": [(result.counts, result.malformed) for result in counts], "frames": spill.frames}
 
 
 def read_piece(piece: Piece, config: SourceConfig, tokenizer: str) -> Iterator[Document]:
@@ -203,14 +236,14 @@ def read_piece(piece: Piece, config: SourceConfig, tokenizer: str) -> Iterator[D
 
 
 def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCounts:
-    config = task.sources[piece.source]
+    config = task.source
     result = PieceCounts(piece)
     counts = result.counts
     for line, text, problem, metadata, tokens in read_piece(piece, config, task.tokenizer):
         counts["read"] += 1
         data = b""
         if len(text) >= LONG_BYTES:
-            with open(f"{task.spill}.long", "a") as file:
+            with open(f"{task.out}.long", "a") as file:
                 file.write(f"{len(text)}\t{place_of(piece, line)}\n")
         if not problem:
             text = clean(text)
@@ -227,7 +260,7 @@ def _scatter_piece(piece: Piece, task: ScatterTask, spill: _Spill) -> PieceCount
         elif config.filter and (reason := ask_filter(config.filter, text, metadata, place_of(piece, line))):
             counts[f"{FILTERED}{reason}"] += 1
         else:
-            spill.add(piece.source, xxhash.xxh3_128_digest(data, task.seed), data, tokens)
+            spill.add(xxhash.xxh3_128_digest(data, task.seed), data, tokens)
     return result
 
 
@@ -244,23 +277,21 @@ def long_documents(work: Path) -> list[tuple[int, str]]:
 
 
 class _Spill:
-    """Writes documents to one spill file; `frames` (by bucket) locates them in it."""
+    """Writes documents to one spill file; `frames` locates them in it: bucket, offset, documents, packed."""
 
-    def __init__(self, file: io.BufferedWriter, path: str, buckets: int) -> None:
-        self.frames: dict[int, list[Frame]] = {}
-        self._file, self._path, self._buckets = file, path, buckets
+    def __init__(self, file: io.BufferedWriter, buckets: int) -> None:
+        self.frames: list[tuple[int, int, int, int]] = []
+        self._file, self._buckets = file, buckets
         self._compressor = zstandard.ZstdCompressor(level=1)
         self._clear()
 
     def _clear(self) -> None:
-        self._sources: list[int] = []
         self._digests: list[bytes] = []
         self._texts: list[bytes] = []  # each with its tokens behind it
         self._sizes: list[tuple[int, int]] = []
         self._held = 0
 
-    def add(self, source: int, digest: bytes, data: bytes, tokens: bytes) -> None:
-        self._sources.append(source)
+    def add(self, digest: bytes, data: bytes, tokens: bytes) -> None:
         self._digests.append(digest)
         self._texts.append(data + tokens if tokens else data)
         self._sizes.append((len(data), len(tokens)))
@@ -272,31 +303,33 @@ class _Spill:
         if not self._texts:
             return
         halves = np.frombuffer(b"".join(self._digests), ">u8").reshape(-1, 2)  # (documents, high and low)
-        records = np.empty(len(halves), RECORD)
+        records = np.zeros(len(halves), RECORD)
         records["high"], records["low"] = halves[:, 0], halves[:, 1]
         records["size"], records["tokens"] = np.array(self._sizes).T
-        records["source"] = self._sources
         bucket = ((records["high"] >> 48) * self._buckets) >> 16  # equal ranges of the hash, ascending
         order = np.argsort(bucket, kind="stable")
         present, starts = np.unique(bucket[order], return_index=True)
         for number, chosen in zip(present.tolist(), np.split(order, starts[1:])):
             packed = self._compressor.compress(b"".join([self._texts[i] for i in chosen]))
-            frame = Frame(self._path, self._file.tell(), len(chosen), len(packed))
+            self.frames.append((number, self._file.tell(), len(chosen), len(packed)))
             self._file.write(records[chosen].tobytes())
             self._file.write(packed)
-            self.frames.setdefault(number, []).append(frame)
         self._clear()
 
 
 def read_records(frames: Sequence[Frame]) -> np.ndarray:
-    """The records of a bucket, RECORD (documents,), without reading its texts."""
+    """The records of a bucket's frames, RECORD (documents,), without reading their texts."""
     parts = [np.fromfile(frame.spill, RECORD, frame.documents, offset=frame.offset) for frame in frames]
-    return np.concatenate(parts)
+    for frame, part in zip(frames, parts):
+        part["source"] = frame.source  # its number may be another than when it was read
+    return np.concatenate([np.empty(0, RECORD), *parts])
 
 
-def read_kept(frames: Sequence[Frame]) -> tuple[np.ndarray, list[bytes]]:
-    """What deduplication keeps of a bucket, in the order of the hashes: records (documents,) and texts, each with its
-    tokens behind it.
+def read_kept(frames: Sequence[Frame], others: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+    """What deduplication keeps of a bucket's frames, in the order of the hashes: records (documents,) and texts, each
+    with its tokens behind it.
+
+    `others` are the records of the bucket's documents that are in no frame, RECORD (others,).
     """
     records = read_records(frames)
     sizes = np.split(records["size"] + records["tokens"], np.cumsum([frame.documents for frame in frames])[:-1])
@@ -304,7 +337,8 @@ def read_kept(frames: Sequence[Frame]) -> tuple[np.ndarray, list[bytes]]:
     for frame, size in zip(frames, sizes):
         packed = np.fromfile(frame.spill, np.uint8, frame.packed, offset=frame.offset + records.itemsize * len(size))
         texts += cut_texts(zstandard.ZstdDecompressor().decompress(packed.data), size)
-    keep, _ = deduplicate(records)
+    keep, _ = deduplicate(np.concatenate([records, others]))
+    keep = keep[keep < len(records)]
     return records[keep], [texts[i] for i in keep]
 
 
