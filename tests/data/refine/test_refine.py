@@ -111,7 +111,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch, capsys) -> No
     lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"text": rows[0]["text"], "url": "http://a.com/x.pt"}])
     (tmp_path / "raw/web/1.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     write_lines(tmp_path / "raw/debates/1.jsonl", sample_texts("parlamento"))
-    commands = re.findall(r"^    python -m gloria\.(\w+) (.+)$", page, re.M)
+    commands = re.findall(r"^python -m gloria\.(\w+) (corpus\.toml.*)$", page, re.M)
     assert [name for name, _ in commands] == ["refine", "prepare"]
     for name, arguments in commands:
         module = {"refine": refine, "prepare": prepare}[name]
