@@ -15,7 +15,7 @@ import torch
 
 import gloria.pretrain
 import gloria.train.checkpointing
-import gloria.train.pretraining
+import gloria.train.windows
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors, read_trainer
 from gloria.dist.run_lock import read_status
 from gloria.dist.signals import STOP_SIGNALS
@@ -23,7 +23,8 @@ from gloria.errors import run_command
 from gloria.files import hash_file
 from gloria.pretrain import main
 from gloria.train.metrics import RunLog
-from gloria.train.pretraining import Pretraining, Windows
+from gloria.train.pretraining import Pretraining
+from gloria.train.windows import Windows
 from tests.launch import SMALL, flags, losses, metrics
 
 
@@ -36,7 +37,7 @@ def recipe(sample_corpus: Path, repository: Path, tmp_path: Path) -> dict[str, A
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
     """Make the loss of one row `value` in the given steps (from 0)."""
-    honest = gloria.train.pretraining.window_losses
+    honest = gloria.train.windows.window_losses
 
     def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss, rows = honest(run, tokens, labels)
@@ -45,7 +46,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> 
             loss = loss * value
         return loss, rows
 
-    monkeypatch.setattr(gloria.train.pretraining, "window_losses", window_losses)
+    monkeypatch.setattr(gloria.train.windows, "window_losses", window_losses)
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

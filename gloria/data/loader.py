@@ -136,6 +136,19 @@ def validation_windows(stream: TokenStream, length: int, limit: int) -> np.ndarr
     return np.arange(count, dtype=np.int64) * total // max(1, count)
 
 
+def text_windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """A text of `count` tokens as windows (begin, end, scored) of at most `length` + 1: each but the first scored once.
+
+    Each window but the first scores its last `scored` tokens, at most `stride`, given `length` - `stride` before them.
+    """
+    assert 1 <= stride <= length
+    begin, done = 0, 1
+    while done < count:
+        end = min(begin + length + 1, count)
+        yield begin, end, end - done
+        begin, done = begin + stride, end
+
+
 def document_bounds(ids: np.ndarray, eos_id: int) -> np.ndarray:
     """Where the documents in rows `ids` (rows, seq) begin, the rows laid end to end, and where the last ends.
 

@@ -41,7 +41,7 @@ from gloria.train.sections import (
     range_problems,
     replica_problems,
 )
-from gloria.train.warnings import warn_of_no_validation, warn_of_repeats
+from gloria.train.warnings import warn_of_no_bytes, warn_of_no_validation, warn_of_repeats
 
 T = TypeVar("T")
 P = TypeVar("P", bound="PretrainConfig")
@@ -118,6 +118,12 @@ class ValidConfig:
 
     every: int = option(1000, "steps from one validation to the next, and the last step has one; 0: never", minimum=0)
     windows: int = option(256, "windows of each source, evenly spread over what there is", minimum=1)
+    paths: dict[str, str] = option(
+        {},
+        "texts that are not in the corpus, NAME to a file, folder or glob: whole documents, each by itself; runs with "
+        "other tokenizers compare by their bits per byte",
+    )
+    text_field: str = option("text", "key (JSON lines) or column that holds the text in files of paths")
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,8 @@ def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[
         yield ("train.micro_batch", "train.global_batch"), problem
     yield from replica_problems(config.dist.replicas, world)
     yield from schedules.problems(config.schedule, train.steps if train.epochs is None else None)
+    if config.valid.paths and not config.valid.every:
+        yield ("valid.paths", "valid.every"), "is never read, for valid.every is 0; set that to a number of steps"
     if checkpoint.keep_every % checkpoint.every:
         yield (
             ("checkpoint.keep_every", "checkpoint.every"),
@@ -302,7 +310,8 @@ def _warnings(config: PretrainConfig, corpus: Corpus, mixture: Mixture, total_st
         repeats = [
             f"epochs and tokens are those of a run by this recipe alone, without the past of {config.run.branch}"
         ]
-    return (*corpus.warnings, *repeats, *(warn_of_no_validation(corpus, mixture) if config.valid.every else ()))
+    no_validation = warn_of_no_validation(corpus, mixture) if config.valid.every else []
+    return (*corpus.warnings, *repeats, *no_validation, *warn_of_no_bytes(corpus, mixture))
 
 
 @contextmanager

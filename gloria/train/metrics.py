@@ -1,6 +1,17 @@
 """The log of a run: `metrics.jsonl` (the format of record), the console, TensorBoard. Only rank 0 has one.
 
-Imports torch for TensorBoard alone, and only where that is on.
+A line of `metrics.jsonl` is a JSON object with kind, step and time (seconds since 1970), and by kind, of pre-training:
+
+    train   loss perplexity bits_per_byte lr grad_norm tokens tokens_per_s step_s data_s skipped memory tflops [mfu ...]
+            sources: NAME -> {asked, share, loss, bits_per_byte, epoch}
+    valid   loss perplexity bits_per_byte, of all sources by `weights`: NAME -> share
+            sources: NAME -> loss; source_bits_per_byte: NAME -> bits
+            texts (of valid.paths): NAME -> {loss, perplexity, bits_per_byte, documents, tokens, bytes}
+    event   event: start, resume, changed, checkpoint, skipped, done, ...; start and resume of a branch have
+            ancestors: [{run, step}, ...], the nearest first
+
+`bits_per_byte` is null where bytes were not counted; see the function of that name. Imports torch for TensorBoard
+alone, and only where that is on.
 """
 
 from __future__ import annotations
@@ -31,6 +42,27 @@ class LogConfig:
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that does not fit."""
     return math.exp(loss) if not loss > 700 else math.inf
+
+
+def bits_per_byte(loss: float | None, bytes_per_token: float | None) -> float | None:
+    """The bits that a model needs for a byte of text, which compares over tokenizers; None where one is not known.
+
+    `loss` is a mean over tokens in nats: loss / ln 2 / bytes_per_token. Of a corpus, tokens and bytes are those of
+    the manifest, by source and split: every token counts, also the EOS of each document (the model has to predict
+    where a text ends), and the bytes are of the documents' cleaned text in UTF-8, to which EOS adds none. The loss is
+    of windows and the ratio of the whole split. A text of `valid.paths` counts its own: the EOS before a document is
+    given, the one behind it is neither predicted nor counted, as in `gloria.evaluate --task perplexity`. Of a
+    mixture, `bytes_per_token` is the mean over its shares of tokens.
+    """
+    return None if loss is None or not bytes_per_token else loss / math.log(2) / bytes_per_token
+
+
+def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """The mean of `values` by `weights`; None where one with a weight is missing, or no weight is above 0."""
+    used = {name: weight for name, weight in weights.items() if weight > 0}
+    if not used or not used.keys() <= values.keys():
+        return None
+    return sum(weight * values[name] for name, weight in used.items()) / sum(used.values())
 
 
 def short_number(number: float) -> str:
@@ -97,12 +129,18 @@ class RunLog:
         self._print(" ".join([f"{step:>7}", *cells]))
         self._write("train", step, values)
 
-    def valid(self, step: int, loss: float, sources: Mapping[str, float], weights: Mapping[str, float]) -> None:
-        """The validation losses after `step` steps, a mean over tokens each: by source, and weighted by `weights`."""
-        by_source = ", ".join(f"{name} {perplexity(value):.2f}" for name, value in sources.items())
-        self._print(f"valid at step {step}: loss {loss:.4f}; perplexity {perplexity(loss):.2f}")
-        self._print(textwrap.fill(by_source, 79, initial_indent=" " * 8, subsequent_indent=" " * 8))
-        values = {"loss": loss, "perplexity": perplexity(loss), "sources": dict(sources), "weights": dict(weights)}
+    def valid(self, step: int, values: Mapping[str, Any]) -> None:
+        """What a validation after `step` steps found: the `values` of the record that the head of this file lists."""
+        sources, texts, bits = values["sources"], values.get("texts", {}), values.get("source_bits_per_byte", {})
+        shown = {name: (perplexity(loss), bits.get(name)) for name, loss in sources.items()}
+        shown |= {name: (text["perplexity"], text["bits_per_byte"]) for name, text in texts.items()}
+        whole = f"; bits per byte {values['bits_per_byte']:.3f}" if values.get("bits_per_byte") else ""
+        self._print(f"valid at step {step}: loss {values['loss']:.4f}; perplexity {values['perplexity']:.2f}{whole}")
+        parts = (f"{name} {ppl:.2f}" + (f" ({rate:.3f})" if rate else "") for name, (ppl, rate) in shown.items())
+        # A name and its numbers stay on one line.
+        line = ", ".join(part.replace(" ", "\xa0") for part in parts)
+        lines = textwrap.fill(line, 79, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False)
+        self._print(lines.replace("\xa0", " "))
         self._write("valid", step, values)
 
     def event(self, step: int, event: str, shown: str | None = None, **fields: Any) -> None:

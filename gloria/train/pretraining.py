@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from gloria.config.cli import to_mapping
 from gloria.config.schema import flatten
 from gloria.data.corpus import Corpus
-from gloria.data.loader import Loader, document_bounds, validation_windows
+from gloria.data.loader import Loader
 from gloria.data.mixture import Mixture
-from gloria.data.stream import TokenStream
-from gloria.dist.agreement import on_all_ranks
+from gloria.data.tokenizer import load_tokenizer
+from gloria.dist.agreement import on_all_ranks, require_same
 from gloria.dist.checkpoint_read import open_reader
 from gloria.dist.manifest import checkpoint_path, step_of
 from gloria.dist.process import Process, rank0_decides
 from gloria.dist.rank_log import open_rank_log
-from gloria.dist.sharding import all_reduce_sums, build_mesh, fill_parameters, precision_and_reason, shard
-from gloria.dist.signals import ASKED
+from gloria.dist.sharding import build_mesh, fill_parameters, precision_and_reason, shard
 from gloria.dist.step_sums import StepSums
-from gloria.dist.transfer import to_device
 from gloria.errors import warn
 from gloria.files import to_json, write_whole
 from gloria.model.config import TransformerConfig
@@ -35,20 +33,19 @@ from gloria.model.huggingface import read_tensors
 from gloria.model.kernels import choose_kernel, use_cudnn_attention
 from gloria.model.transformer import Transformer, initial_value
 from gloria.optim.optimizers import build_optimizer
+from gloria.train import windows
 from gloria.train.branch import START, Ancestor, require_fitting, require_same_trunk
 from gloria.train.config import PretrainConfig, RunPlan, check_epochs, continued, located
 from gloria.train.loop import StepBatch
 from gloria.train.meter import Meter, peak_flops
-from gloria.train.metrics import perplexity
+from gloria.train.metrics import bits_per_byte, perplexity, weighted_mean
 from gloria.train.on_gpus import advice_on, gathered_on
 from gloria.train.resume import changes_since, choose_trunk, read_run_state
 from gloria.train.run import (
-    TAKEN_OVER,
     Run,
     ancestry,
     begin_log,
     compiles_blocks,
-    flags_of,
     load_checkpoint,
     lock_and_choose,
     opening,
@@ -57,13 +54,8 @@ from gloria.train.run import (
 )
 from gloria.train.sections import parse_range
 from gloria.train.summary import describe
-
-
-class Windows(NamedTuple):
-    """A micro-batch, on the device."""
-
-    tokens: Tensor  # (rows, seq + 1) int64
-    documents: Tensor | None  # of the first seq tokens, see `document_bounds`; None: they see each other
+from gloria.train.texts import Texts, read_all_texts
+from gloria.train.validation import Validation, bytes_per_token, open_validation, validate
 
 
 @dataclass
@@ -73,69 +65,34 @@ class Pretraining:
     plan: RunPlan
     mixture: Mixture
     loader: Loader
-    valid_streams: Mapping[str, tuple[TokenStream, np.ndarray]]  # by source: held-out tokens, windows (n,)
-    valid_weights: Mapping[str, float]  # of sources in valid/loss; see `_open_validation`
-    evaluate_every: int
+    validation: Validation
+    bytes_per_token: Mapping[str, float]  # of sources whose text was counted; see `train.metrics.bits_per_byte`
     peak: float | None  # FLOP/s of a rank's card, where it is known
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.validation.every
 
     @property
     def groups(self) -> tuple[str, ...]:
         return self.mixture.names
 
     def next_batch(self, run: Run) -> StepBatch:
-        """The rows of this rank; micro-batches are `Windows`."""
+        """The rows of this rank; micro-batches are `windows.Windows`."""
         batch = next(self.loader)
         # One rank's rows and the number of passes come out even, see train.config.
-        parts, there = windows_on_device(run, batch.tokens, {"groups": batch.source})
+        parts, there = windows.windows_on_device(run, batch.tokens, {"groups": batch.source})
         global_tokens = self.mixture.global_batch * self.mixture.sequence_length
         return StepBatch(parts, there["groups"], global_tokens, global_tokens)
 
-    def losses(self, run: Run, part: Windows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def losses(self, run: Run, part: windows.Windows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The summed loss, the summed cross entropy of each window, (rows,), and what z-loss adds, where it is on."""
-        loss, rows = window_losses(run, part, labels=part.tokens[:, 1:])
+        loss, rows = windows.window_losses(run, part, labels=part.tokens[:, 1:])
         return loss, rows, {"z_loss": loss.detach() - rows.sum()} if run.config.train.z_loss else {}
 
-    @torch.no_grad()
     def evaluate(self, run: Run) -> str:
-        """The loss of every source on its held-out windows, always the same ones; why to stop, or "".
-
-        The model's forward is a collective, so every rank takes the same number of batches: a rank that has no window
-        left takes one whose labels are all masked. After each batch the ranks agree whether to go on.
-        """
-        run.model.eval()
-        process, micro_batch, length = run.process, run.config.train.filled_micro_batch, self.mixture.sequence_length
-        no_end = int(self.plan.corpus.manifest.tokenizer.eos_id == 0)  # a missing row is one document
-        losses: dict[str, float] = {}
-        for name, (stream, windows) in self.valid_streams.items():
-            own = windows[process.rank :: process.world]
-            batches = -(-len(windows) // (process.world * micro_batch))
-            losses[name] = 0.0
-            for number in range(batches):
-                run.watch.beat(run.step, "validation", slow=run.step == 0)
-                chosen = own[number * micro_batch : (number + 1) * micro_batch]
-                tokens = np.full((micro_batch, length + 1), no_end, stream.dtype)
-                stream.gather(chosen, length, tokens[: len(chosen)])
-                (part,), _ = windows_on_device(run, tokens, {})
-                labels = part.tokens[:, 1:].clone()
-                labels[len(chosen) :] = -100
-                sums = torch.zeros(3, dtype=torch.float64, device=process.device)
-                sums[0] = window_losses(run, part, labels)[1].sum(dtype=torch.float64)
-                flags = flags_of(run)
-                sums[1:] = torch.tensor([flags.stop, flags.lock_lost])
-                all_reduce_sums(sums)
-                loss, stop_requests, locks_lost = sums.tolist()
-                if stop_requests or locks_lost:
-                    run.model.train()
-                    return TAKEN_OVER if locks_lost else ASKED
-                losses[name] += loss / (len(windows) * length)
-        run.model.train()
-        run.evaluated_step = run.step
-        if run.log:
-            weights = {name: self.valid_weights.get(name, 0.0) for name in losses}
-            total = sum(weights.values())
-            mean = sum(weights[name] * loss for name, loss in losses.items()) / total if total else float("nan")
-            run.log.valid(run.step, mean, losses, weights)
-        return ""
+        """Validate; why to stop, or ""."""
+        return validate(run, self.validation)
 
     def log_values(
         self, run: Run, step: int, values: dict[str, Any], losses: dict[str, float | None]
@@ -154,6 +111,7 @@ class Pretraining:
                 "asked": shares.get(name, 0.0),
                 "share": since.get(name, 0) / max(sum(since.values()), 1),
                 "loss": loss,
+                "bits_per_byte": bits_per_byte(loss, self.bytes_per_token.get(name)),
                 "epoch": epochs[name],
             }
             for name, loss in losses.items()
@@ -161,6 +119,7 @@ class Pretraining:
         }
         return {
             "perplexity": perplexity(values["loss"]),
+            "bits_per_byte": bits_per_byte(values["loss"], weighted_mean(self.bytes_per_token, shares)),
             "tflops": flops / 1e12,
             **({} if self.peak is None else {"mfu": flops / self.peak}),
             "sources": sources,
@@ -184,26 +143,6 @@ class Pretraining:
         return {"mixture": self.mixture.state_dict(), "model": self.plan.shape.to_dict()}
 
 
-def windows_on_device(
-    run: Run, tokens: np.ndarray, more: Mapping[str, np.ndarray]
-) -> tuple[list[Windows], dict[str, Tensor]]:
-    """Windows of tokens (n, seq + 1) as micro-batches, and other arrays by name, in one transfer."""
-    size, bounds = run.config.train.filled_micro_batch, {}
-    if run.config.data.mask_documents:
-        eos_id = run.objective.plan.corpus.manifest.tokenizer.eos_id
-        cuts = range(0, len(tokens), size)
-        bounds = {f"documents {at // size}": document_bounds(tokens[at : at + size, :-1], eos_id) for at in cuts}
-    there = to_device({**more, **bounds, "tokens": tokens}, run.process.device)
-    # As small as they are on disk until here; the embedding takes int64.
-    parts = there["tokens"].to(torch.int64).split(size)
-    return [Windows(part, there.get(f"documents {number}")) for number, part in enumerate(parts)], there
-
-
-def window_losses(run: Run, part: Windows, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's loss on windows, a sum, and the cross entropy of each, (rows,)."""
-    return run.model(part.tokens[:, :-1], labels, part.documents)
-
-
 def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) -> Run:
     """Lock the run folder, build the model, and go on where the newest checkpoint ends.
 
@@ -214,6 +153,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         with located(config):
             precision, why = precision_and_reason(config.train.precision, process.device)
         require_same_recipe(process, config, plan.corpus.manifest, precision=precision)
+        texts = _read_texts(config, plan.corpus, process)
         mesh = build_mesh(process, config.dist.replicas)
         resume_step = lock_and_choose(config, process, folder, watch, config.data.skip_samples)
         open_rank_log(folder, process.rank, process.world)
@@ -249,9 +189,8 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             plan=plan,
             mixture=plan.mixture,
             loader=_loader(config, plan.corpus, plan.mixture, process),
-            valid_streams={},
-            valid_weights={},
-            evaluate_every=0,
+            validation=Validation(0),
+            bytes_per_token=bytes_per_token(plan.corpus, "train"),
             peak=peak_flops(card, precision) if card else None,
         )
         run = Run(
@@ -279,17 +218,32 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
         if samples := parse_range(config.data.skip_samples):
             with located(config):
                 changes += plan.mixture.leave_out(samples)
-        _open_validation(config, plan.corpus, objective)
+        objective.validation = open_validation(config, plan.corpus, plan.mixture, texts)
         prepare_folder(run)
         rank0_decides(process, lambda: _write_start(run))
         if process.is_main:
             print(f"{'attention':<11} {attention}", flush=True)
             plan, on_gpu = objective.plan, process.device.type == "cuda"
             print(describe(config, plan, precision, why, on_gpu, gathered), flush=True)
+            for name, text in texts.items():
+                print(f"{'text':<11} {name}: {text.describe()}", flush=True)
             for warning in (*plan.warnings, *advice_on(config, plan, process, precision, gathered)):
                 warn(warning)
         begin_log(run, changes)
     return run
+
+
+def _read_texts(config: PretrainConfig, corpus: Corpus, process: Process) -> dict[str, Texts]:
+    """The texts of `valid.paths`, the same on all ranks."""
+
+    def read() -> dict[str, Texts]:
+        with located(config):
+            tokenizer = load_tokenizer(corpus.tokenizer_folder)
+            return read_all_texts(config.valid.paths, config.valid.text_field, tokenizer, config.train.sequence_length)
+
+    texts = on_all_ranks(process, read) if config.valid.paths else {}
+    require_same(process, {f"valid.paths.{name}": text.fingerprint for name, text in texts.items()})
+    return texts
 
 
 def _loader(config: PretrainConfig, corpus: Corpus, mixture: Mixture, process: Process) -> Loader:
@@ -381,20 +335,3 @@ def _write_start(run: Run) -> int:
     start = {"recipe": to_mapping(run.config), "mixture": run.objective.mixture.state_dict(), **ancestry(run)}
     write_whole(run.folder / START, to_json(start))
     return 0
-
-
-def _open_validation(config: PretrainConfig, corpus: Corpus, objective: Pretraining) -> None:
-    """The held-out windows of every source that the run has ever drawn, also one whose weight is 0 by now.
-
-    Their weights in `valid/loss` are the shares the run began with: a re-weighting would change what the curve means.
-    """
-    mixture, found = objective.mixture, {}
-    held_out = {entry.name: entry.valid.tokens for entry in corpus.manifest.sources if config.valid.every}
-    for name in mixture.names:
-        if held_out.get(name, 0) > mixture.sequence_length:  # plan_run reports the others
-            stream = corpus.stream(name, "valid")
-            found[name] = (stream, validation_windows(stream, mixture.sequence_length, config.valid.windows))
-    first = mixture.stages[0]
-    objective.valid_weights = {name: quota / first.period for name, quota in zip(first.names, first.quotas)}
-    objective.valid_streams = found
-    objective.evaluate_every = config.valid.every if found else 0

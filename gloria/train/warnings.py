@@ -39,3 +39,10 @@ def warn_of_no_validation(corpus: Corpus, mixture: Mixture) -> list[str]:
         for name, tokens in held_out.items()
         if tokens <= length
     ]
+
+
+def warn_of_no_bytes(corpus: Corpus, mixture: Mixture) -> list[str]:
+    """A line for the sources whose manifest does not say how many bytes of text their tokens are."""
+    entries = (corpus.source(name) for name in mixture.names if name in corpus.names)
+    names = ", ".join(f'"{entry.name}"' for entry in entries if not entry.train.bytes)
+    return [f"no bits per byte of source {names}, whose bytes of text were not counted"] if names else []

@@ -17,7 +17,7 @@ import torch
 
 import gloria.pretrain
 import gloria.train.loop
-import gloria.train.pretraining
+import gloria.train.windows
 from gloria.dist import step_sums
 from gloria.dist.checkpoint_read import find_checkpoint, read_full_tensors
 from gloria.dist.manifest import saved_steps
@@ -77,14 +77,14 @@ def test_a_nan_in_one_gradient_of_one_rank_is_as_if_the_batch_had_not_been(recip
 
 def test_a_spike_is_left_out_and_judged_alike_after_a_resume(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(step_sums, "SPIKE_WINDOW", 4)
-    honest = gloria.train.pretraining.window_losses
+    honest = gloria.train.windows.window_losses
 
     def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         loss, rows = honest(run, tokens, labels)
         return (20.0 * loss, 20.0 * rows) if run.step == 8 else (loss, rows)
 
     recipe |= CONSTANT | {"train.skip_spikes": 30.0}
-    monkeypatch.setattr(gloria.train.pretraining, "window_losses", window_losses)
+    monkeypatch.setattr(gloria.train.windows, "window_losses", window_losses)
     assert main(flags(recipe)) == 0
     (event,) = events(tmp_path / "run", "skipped")
     assert (event["step"], event["why"], event["samples"]) == (9, "spike", "96:108")
@@ -92,7 +92,7 @@ def test_a_spike_is_left_out_and_judged_alike_after_a_resume(recipe, tmp_path, m
         assert main(flags(recipe, train__steps=steps, run__dir=tmp_path / "resumed")) == 0
     assert_same_tensors(tmp_path / "resumed", tmp_path / "run")
     assert events(tmp_path / "resumed", "skipped")[0]["step"] == 9
-    monkeypatch.setattr(gloria.train.pretraining, "window_losses", honest)
+    monkeypatch.setattr(gloria.train.windows, "window_losses", honest)
     assert main(flags(recipe, train__steps=11, data__skip_samples="96:108", run__dir=tmp_path / "without")) == 0
     assert_same_tensors(tmp_path / "run", tmp_path / "without")
 
@@ -166,7 +166,7 @@ def test_out_of_memory_is_one_line_with_what_to_do(recipe, tmp_path, monkeypatch
     def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         return torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(gloria.train.pretraining, "window_losses", window_losses)
+    monkeypatch.setattr(gloria.train.windows, "window_losses", window_losses)
     assert main(flags(recipe, train__micro_batch=12)) == 1
     line = (
         "out of memory on rank 0 in step 0, forward and backward, with train.micro_batch 12 x 32 tokens; "
@@ -181,14 +181,14 @@ def test_out_of_memory_is_one_line_with_what_to_do(recipe, tmp_path, monkeypatch
 def test_a_launch_whose_run_was_taken_over_stops_and_writes_nothing(
     recipe, tmp_path, monkeypatch, capsys, in_validation
 ):
-    honest = gloria.train.pretraining.window_losses
+    honest = gloria.train.windows.window_losses
 
     def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         if run.step == 6 and torch.is_grad_enabled() != in_validation:
             run.run_lock.lost = True
         return honest(run, tokens, labels)
 
-    monkeypatch.setattr(gloria.train.pretraining, "window_losses", window_losses)
+    monkeypatch.setattr(gloria.train.windows, "window_losses", window_losses)
     # In the background, the save of step 4 may not be whole by step 6: an unfinished one is given up.
     assert main(flags(recipe, valid__every=6 if in_validation else 0, checkpoint__asynchronous="false")) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (

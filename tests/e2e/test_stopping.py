@@ -18,7 +18,7 @@ import torch
 import gloria.dist.checkpoint
 import gloria.pretrain
 import gloria.train.loop
-import gloria.train.pretraining
+import gloria.train.windows
 from gloria.dist.checkpoint_read import find_checkpoint, open_reader, read_full_tensors
 from gloria.dist.run_lock import read_status
 from tests import launch
@@ -46,7 +46,7 @@ def in_start_up() -> None:
 
 def in_the_second_validation() -> None:
     """Between two batches of the validation after some steps."""
-    honest, calls = gloria.train.pretraining.window_losses, []
+    honest, calls = gloria.train.windows.window_losses, []
 
     def window_losses(run: Any, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         if run.step and not torch.is_grad_enabled():
@@ -55,7 +55,7 @@ def in_the_second_validation() -> None:
                 send(signal.SIGINT, RANK_0)
         return honest(run, tokens, labels)
 
-    gloria.train.pretraining.window_losses = window_losses
+    gloria.train.windows.window_losses = window_losses
 
 
 def while_a_background_save_is_written() -> None:

@@ -27,6 +27,10 @@ def values_of_a_line(**changes: Any) -> dict[str, Any]:
     return line | {"sources": {"ptwiki": {"asked": 0.25, "share": 0.25, "loss": 2.0, "epoch": 1.5}}} | changes
 
 
+def valid_values(loss: float, sources: dict[str, float], weights: dict[str, float]) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": perplexity(loss), "sources": sources, "weights": weights}
+
+
 def lines(folder: Path) -> list[dict]:
     """All lines without their time, which each of them has."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -38,7 +42,10 @@ def test_lines_have_the_format_of_record(tmp_path: Path) -> None:
     console = io.StringIO()
     log = open_log(tmp_path, 0, 100, QUIET, console, ranks=2)
     log.train(10, values_of_a_line())
-    log.valid(10, 2.5, {"ptwiki": 2.0, "oscar": 3.0}, {"ptwiki": 0.5, "oscar": 0.5})
+    text = {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 1.1, "documents": 1, "tokens": 9, "bytes": 30}
+    found = valid_values(2.5, {"ptwiki": 2.0, "oscar": 3.0}, {"ptwiki": 0.5, "oscar": 0.5})
+    found |= {"bits_per_byte": 0.95, "source_bits_per_byte": {"ptwiki": 0.9}, "texts": {"jornal": text}}
+    log.valid(10, found)
     log.event(10, "checkpoint", folder="step-00000010", seconds=0.5)
     log.close()
     start, train, valid, event = lines(tmp_path)
@@ -52,6 +59,9 @@ def test_lines_have_the_format_of_record(tmp_path: Path) -> None:
         "step": 10,
         "loss": 2.5,
         "perplexity": math.exp(2.5),
+        "bits_per_byte": 0.95,
+        "source_bits_per_byte": {"ptwiki": 0.9},
+        "texts": {"jornal": text},
         "sources": {"ptwiki": 2.0, "oscar": 3.0},
         "weights": {"ptwiki": 0.5, "oscar": 0.5},
     }
@@ -66,8 +76,8 @@ def test_lines_have_the_format_of_record(tmp_path: Path) -> None:
         "started at step 0",
         "   step    loss       lr    grad tokens  tok/s s/step data % TFLOP/s     GB",
         "     10  2.0000 1.00e-03       1    400     80  0.500   10.0 2.4e-07   1.00",
-        "valid at step 10: loss 2.5000; perplexity 12.18",
-        "        ptwiki 7.39, oscar 20.09",
+        "valid at step 10: loss 2.5000; perplexity 12.18; bits per byte 0.950",
+        "        ptwiki 7.39 (0.900), oscar 20.09, jornal 7.39 (1.100)",
         "checkpoint at step 10: folder step-00000010, seconds 0.5",
     ]
 
@@ -84,7 +94,7 @@ def test_resuming_takes_out_what_will_be_written_again(tmp_path: Path) -> None:
     log = open_log(tmp_path, 0, 100, QUIET, io.StringIO())
     for step in (10, 20, 30):
         log.train(step, values_of_a_line(loss=1.0 * step))
-        log.valid(step, 2.0, {}, {})
+        log.valid(step, valid_values(2.0, {}, {}))
         log.event(step, "checkpoint")
     log.close()
     console = io.StringIO()
@@ -161,13 +171,13 @@ def test_tensorboard_has_the_same_values_and_no_steps_that_are_done_again(
     monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     for _ in range(2):  # the first is killed before it has a checkpoint, so the second begins at 0, too
         log = open_log(tmp_path, 0, 100, LogConfig(), io.StringIO(), evaluated_step=-1)
-        log.valid(0, math.nan, {"ptwiki": 3.0}, {"ptwiki": 1.0})
+        log.valid(0, valid_values(math.nan, {"ptwiki": 3.0}, {"ptwiki": 1.0}))
         for step in (10, 20):
             log.train(step, values_of_a_line())
-            log.valid(step, math.nan, {"ptwiki": 2.0}, {"ptwiki": 1.0})
+            log.valid(step, valid_values(math.nan, {"ptwiki": 2.0}, {"ptwiki": 1.0}))
         log.close()
     log = open_log(tmp_path, 10, 100, LogConfig(), io.StringIO())
-    log.valid(30, 1.0, {"ptwiki": 1.5}, {"ptwiki": 1.0})
+    log.valid(30, valid_values(1.0, {"ptwiki": 1.5}, {"ptwiki": 1.0}))
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from gloria.config.cli import show_value
 from gloria.config.toml import PACKAGE
-from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceFile
+from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceConfig, SourceFile
 from gloria.data.prepare.text import SUFFIXES, TEXT_PER_BYTE, format_of
 from gloria.data.prepare.workers import Workers
 from gloria.errors import UserError, warn
@@ -43,38 +43,42 @@ def find_files(recipe: Recipe, where: str) -> list[list[SourceFile]]:
     that can't be read, links to nothing and files of no known format are problems, all in one `UserError`. Hidden
     files, pipes and the like, and in folders files whose names have no known format are left out with a warning.
     """
-    base = Path(where).parent
-    problems: list[str] = []
-    files = []
-    for number, source in enumerate(recipe.source):
-        place = f"{where}: source[{number}].paths"
-        found: dict[str, SourceFile] = {}
-        search = Search()
-        for pattern in source.paths:
-            matches = _matches(base / pattern.replace("{gloria}", str(PACKAGE)), source.format, search)
-            if not matches and not search.unreadable:
-                problems.append(f"{place}: {show_value(pattern)} matches no file; correct the path")
-            for path in matches:
-                format = format_of(path) if source.format == "auto" else source.format
-                if format is None:
-                    remedy = f"set format, or name it {', '.join(end for end in SUFFIXES if end.count('.') == 1)}"
-                    problems.append(f"{place}: the name of {path} has no known format; {remedy}")
-                elif format == MEGATRON and not os.path.isfile(f"{path}.bin"):
-                    problems.append(f"{place}: there is no {path}.bin; a shard is a .bin and an .idx")
-                else:
-                    found.setdefault(os.path.realpath(path), SourceFile(path, format))
-        problems += [f"{place}: {problem}" for problem in sorted(set(search.unreadable))]
-        for paths, what in (
-            (search.hidden, "hidden files or folders"),
-            (search.special, "pipes, sockets or devices"),
-            (search.unknown, "files of no known format"),
-        ):
-            if paths:
-                warn(f'source "{source.name}": left out {len(paths)} {what}; the first is {min(paths)}')
-        files.append(sorted(found.values(), key=lambda file: file.path))
+    base, problems = Path(where).parent, list[str]()
+    files = [
+        source_files(source, base, f"{where}: source[{number}].paths", problems)
+        for number, source in enumerate(recipe.source)
+    ]
     if problems:
         raise UserError(*problems)
     return files
+
+
+def source_files(source: SourceConfig, base: Path, place: str, problems: list[str]) -> list[SourceFile]:
+    """`find_files` of one source, its paths relative to `base`; what is wrong goes to `problems`, behind `place`."""
+    found: dict[str, SourceFile] = {}
+    search = Search()
+    for pattern in source.paths:
+        matches = _matches(base / pattern.replace("{gloria}", str(PACKAGE)), source.format, search)
+        if not matches and not search.unreadable:
+            problems.append(f"{place}: {show_value(pattern)} matches no file; correct the path")
+        for path in matches:
+            format = format_of(path) if source.format == "auto" else source.format
+            if format is None:
+                remedy = f"set format, or name it {', '.join(end for end in SUFFIXES if end.count('.') == 1)}"
+                problems.append(f"{place}: the name of {path} has no known format; {remedy}")
+            elif format == MEGATRON and not os.path.isfile(f"{path}.bin"):
+                problems.append(f"{place}: there is no {path}.bin; a shard is a .bin and an .idx")
+            else:
+                found.setdefault(os.path.realpath(path), SourceFile(path, format))
+    problems += [f"{place}: {problem}" for problem in sorted(set(search.unreadable))]
+    for paths, what in (
+        (search.hidden, "hidden files or folders"),
+        (search.special, "pipes, sockets or devices"),
+        (search.unknown, "files of no known format"),
+    ):
+        if paths:
+            warn(f'source "{source.name}": left out {len(paths)} {what}; the first is {min(paths)}')
+    return sorted(found.values(), key=lambda file: file.path)
 
 
 def _matches(pattern: Path, format: str, search: Search) -> list[str]:

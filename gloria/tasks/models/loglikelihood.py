@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gloria.data.loader import text_windows
 from gloria.dist.process import Process
 from gloria.errors import UserError
 from gloria.model.decode import OwnCache, begin
@@ -205,12 +206,8 @@ def windows(ids: Sequence[int], length: int, stride: int) -> Iterator[Request]:
 
     Each window but the first scores its last `stride` tokens, given at least `length` - `stride` before them.
     """
-    assert 1 <= stride <= length
-    begin, done = 0, 1
-    while done < len(ids):
-        end = min(begin + length + 1, len(ids))
-        yield Request(list(ids[begin:end]), end - done)
-        begin, done = begin + stride, end
+    for first, end, scored in text_windows(len(ids), length, stride):
+        yield Request(list(ids[first:end]), scored)
 
 
 def perplexity_scores(nats: float, tokens: int, words: int, bytes_: int) -> dict[str, float]:
