@@ -38,10 +38,14 @@ class Shard:
 
 
 def model_state_dict(model: nn.Module) -> dict[str, Shard]:
-    """This rank's rows of every parameter and persistent buffer, as `model.NAME`."""
+    """This rank's rows of every parameter and persistent buffer, as `model.NAME`; frozen parameters are left out, for
+    who froze them has them from elsewhere.
+    """
     # nn.Module.state_dict and not named_parameters: its FSDP2 hook takes back a root that a forward has left
     # whole.
-    return {f"model.{name}": _local_shard(tensor) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
+    frozen = {name for name, tensor in model.named_parameters(remove_duplicate=False) if not tensor.requires_grad}
+    return {f"model.{name}": _local_shard(tensor) for name, tensor in tensors.items() if name not in frozen}
 
 
 def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:

@@ -51,6 +51,12 @@ class FinetuneLengthSection:
     )
     stride: int = option(32, "tokens that neighbouring windows of a context share", minimum=0)
     max_answer_tokens: int = option(30, "longest answer to a question that is considered", minimum=1)
+    lora_rank: int | None = option(
+        None,
+        "LoRA: trains matrices of this rank beside those of the backbone's layers (alpha is twice the rank), and the "
+        "heads; the rest needs no gradients and no optimizer state; the rate is usually ten times higher; extra: lora",
+        minimum=1,
+    )
     dropout: float = option(
         0.1, "of the vector that the head reads; the backbone's is its own", minimum=0.0, maximum=0.9
     )
@@ -126,6 +132,8 @@ def _contradictions(config: FinetuneConfig) -> Iterator[tuple[tuple[str, ...], s
     train = config.train
     yield from range_problems(train__profile_steps=train.profile_steps)
     yield from length_problems(train)
+    if train.lora_rank is not None and config.optim.name == "muon":
+        yield ("train.lora_rank", "optim.name"), "muon updates whole matrices, and LoRA trains factors; choose adamw"
     if train.stride >= train.max_length:
         yield (
             ("train.stride", "train.max_length"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from gloria.config.cli import to_mapping
 from gloria.config.schema import flatten
@@ -28,6 +29,7 @@ from gloria.model.kernels import use_cudnn_attention
 from gloria.optim import schedules
 from gloria.optim.optimizers import build_optimizer
 from gloria.tasks.examples import Example
+from gloria.tasks.models.adapters import add_adapters
 from gloria.tasks.models.backbones import load_model
 from gloria.tasks.models.encode import Encoded, Row, collate, epoch_batches
 from gloria.tasks.models.finetuned import (
@@ -91,6 +93,7 @@ class Finetuning:
     finetuned: FinetunedModel
     rows: list[Row]
     fingerprint: str  # of the rows, and of the examples that choose the model
+    frozen: str  # fingerprint of the weights that are not trained; "": all are
     seed: int
     evaluate_every: int
     best: dict[str, Any] = field(default_factory=dict)  # step and scores of the best model so far, that in `model`
@@ -150,7 +153,7 @@ class Finetuning:
         """There is nothing to close."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"task": self.finetuned.inputs.task, "rows": self.fingerprint}
+        return {"task": self.finetuned.inputs.task, "rows": self.fingerprint, "frozen": self.frozen}
 
 
 def steps_of_epoch(rows: list[Row], global_batch: int) -> int:
@@ -175,8 +178,8 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
         precision, why = precision_and_reason(train.precision, process.device)
         require_same(process, {"train.precision": precision})
         finetuned, encoded, cut = on_all_ranks(process, lambda: _prepare(plan, seed))
-        fingerprint = _fingerprint(encoded.rows, plan.selection)
-        require_same(process, {f"{plan.folder}: rows": fingerprint})
+        fingerprint, frozen = _fingerprint(encoded.rows, plan.selection), _frozen_fingerprint(finetuned.model)
+        require_same(process, {f"{plan.folder}: rows": fingerprint, f"{config.model}: frozen weights": frozen})
         keep = config.dist.reshard == "never"  # auto is always: there is no forecast of other people's models
         model = shard_task_model(  # which moves a layer to the device at a time, so that it never holds them all whole
             finetuned.model,
@@ -192,7 +195,7 @@ def open_finetuning(plan: Plan, seed: int, folder: Path, process: Process) -> Ru
             raise UserError(*problems)
         run = Run(
             config=config,
-            objective=Finetuning(plan, finetuned, encoded.rows, fingerprint, seed, config.eval.every or epoch),
+            objective=Finetuning(plan, finetuned, encoded.rows, fingerprint, frozen, seed, config.eval.every or epoch),
             process=process,
             mesh=mesh,
             folder=folder,
@@ -247,6 +250,8 @@ def _prepare(plan: Plan, seed: int) -> tuple[FinetunedModel, Encoded, str]:
     config, train, heads = plan.config, plan.config.train, task_heads(plan.task)
     torch.manual_seed(seed)  # weights that a folder lacks (BERT's pooler) start at random
     loaded = load_model(config.model)
+    if train.lora_rank is not None:
+        add_adapters(loaded.backbone, train.lora_rank, loaded.at_random)
     length, cut = train.max_length, ""
     if loaded.max_length is not None and loaded.max_length < length:
         cut = f"train.max_length: {length} is more than the model sees; {loaded.max_length} it is"
@@ -277,10 +282,13 @@ def _about(run: Run, encoded: Encoded, cut: str, precision: str) -> list[str]:
     notes = [f"{encoded.truncated} longer than {inputs.max_length} tokens"]
     if encoded.unanswerable:
         notes.append(f"{encoded.unanswerable} left out, their answer is not in the context")
+    trained = sum(math.prod(each.shape) for each in run.model.parameters() if each.requires_grad)
+    rank = run.config.train.lora_rank
+    lora = "" if rank is None else f"; LoRA of rank {rank}: {trained:,} are trained, and checkpoints hold these alone"
     lines = [
         f"task       {plan.task.name}: {len(plan.train)} examples, {len(encoded.rows)} rows ({'; '.join(notes)}); "
         f"{len(plan.selection)} examples choose the model by {plan.task.selection}",
-        f"model      {source}: {count_parameters(run.model):,} parameters, heads {inputs.heads}",
+        f"model      {source}: {count_parameters(run.model):,} parameters, heads {inputs.heads}{lora}",
         f"lr         {schedules.describe(run.config.schedule, run.config.optim.lr, run.total_steps)}",
         f"precision  {precision}",
     ]
@@ -296,6 +304,11 @@ def _load(run: Run, checkpoint: Path) -> list[str]:
         problems = [
             f"{run.folder}: the set to train on or the one that chooses the model is another than its run began with; "
             "choose another run.dir"
+        ]
+    if not problems and trainer.get("frozen", "") != objective.frozen:
+        problems = [
+            f"{run.folder}: its checkpoints hold only what was trained, and the other weights of {run.config.model} "
+            "have changed since; bring them back, or choose another run.dir"
         ]
     if problems:
         raise UserError(*problems)
@@ -314,6 +327,14 @@ def recipe_changes(folder: Path, before: dict[str, Any], config: FinetuneConfig,
         for key, value in new.items()
         if old.get(key) != value and (key == "run.seeds" or not key.startswith(_FREE))
     ]
+
+
+def _frozen_fingerprint(model: TaskModel) -> str:
+    """Of the parameters that stand still, which checkpoints leave out: "" where there are none."""
+    digest, frozen = xxh3_128(), [each for each in model.parameters() if not each.requires_grad]
+    for parameter in frozen:
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else ""
 
 
 def _fingerprint(rows: list[Row], selection: list[Example]) -> str:

@@ -86,6 +86,7 @@ class LoadedModel:
     max_length: int | None  # tokens the model can see at once; None: no limit is known
     language_model: nn.Module | None  # with the head that predicts the next token, where it was requested
     pads_left: bool = True  # padding on the left changes nothing that the language model writes
+    at_random: tuple[str, ...] = ()  # weights of the body that the folder lacks
     behind_eos: bool = False  # its documents began behind an EOS, see `encode.start_ids`
     more_ends: frozenset[int] = frozenset()  # tokens that end a text besides the tokenizer's EOS
 
@@ -307,7 +308,7 @@ def _load_foreign(name: str, folder: Path, language_model: bool) -> LoadedModel:
             raise UserError(f"--model: {name} has no weights for {missing[0]}; give a whole model")
         warn(f"{name}: {len(missing)} weights are not in the folder and start at random: {', '.join(missing[:4])}")
     limit = _shorter(getattr(text, "max_position_embeddings", None), tokenizer)
-    return LoadedModel(name, backbone, tokenizer, limit, model if language_model else None, pads_left)
+    return LoadedModel(name, backbone, tokenizer, limit, model if language_model else None, pads_left, tuple(missing))
 
 
 @torch.no_grad()

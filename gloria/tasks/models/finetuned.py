@@ -2,6 +2,7 @@
 
 FOLDER/config.json, model.safetensors, tokenizer.json ...   the backbone, as Hugging Face has it
 FOLDER/head.safetensors                                     our heads on it
+FOLDER/adapter/                                             of LoRA: the same as peft has it, without the backbone
 FOLDER/task.json                                            the task, its labels, how inputs were made
 """
 
@@ -25,6 +26,7 @@ from gloria.errors import UserError
 from gloria.files import parse_json_object, partial_folder, publish, read_bounded, to_json
 from gloria.tasks.catalog import find_task
 from gloria.tasks.examples import Example, Pair, PairPrediction, Prediction, Span, SpanPrediction, all_of
+from gloria.tasks.models.adapters import has_adapters, merge_adapters, save_adapter
 from gloria.tasks.models.backbones import load_model, save_model
 from gloria.tasks.models.encode import (
     Encoded,
@@ -42,6 +44,7 @@ from gloria.tasks.models.heads import LABEL, SCORE, SPAN, TaskModel
 from gloria.tasks.task import Task
 
 TASK, HEAD = "task.json", "head.safetensors"
+ADAPTER = "adapter"
 MODEL = "model"  # the best one so far, in the folder of a fine-tuning
 FORMAT = 1
 
@@ -186,8 +189,11 @@ def save_finetuned(finetuned: FinetunedModel, state: dict[str, Tensor], folder: 
     heads = {key.removeprefix("heads."): value.contiguous() for key, value in state.items() if key.startswith("heads.")}
     with partial_folder(folder) as work:
         made = work / folder.name
-        save_model(finetuned.model.backbone, body, finetuned.tokenizer, made, "float32")
+        save_model(finetuned.model.backbone, merge_adapters(body), finetuned.tokenizer, made, "float32")
         save_file(heads, made / HEAD)
+        if has_adapters(body):
+            save_adapter(finetuned.model.backbone, body, made / ADAPTER, finetuned.source)
+            save_file(heads, made / ADAPTER / HEAD)
         (made / TASK).write_bytes(to_json({"format": FORMAT, **asdict(finetuned.inputs), **extra}))
         publish(made, folder, replace=True)
 
