@@ -33,7 +33,7 @@ setup: $(READY) ## virtual environment with everything installed
 $(READY): requirements.txt pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
-	$(PYTHON) -m pip install --quiet --editable '.[test,parquet,data]'
+	$(PYTHON) -m pip install --quiet --editable '.[test,parquet,data,lora]'
 	@touch $@
 
 demo: $(READY) ## sample corpus -> pre-training -> Hugging Face folder -> a generated paragraph (CPU, minutes)
