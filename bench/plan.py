@@ -2,7 +2,7 @@
 
     python bench/plan.py
 
-Six configurations of gloria.pretrain run some steps on this machine's CPU, each in processes of its own. Memory is
+Seven configurations of gloria.pretrain run some steps on this machine's CPU, each in processes of its own. Memory is
 measured twice: `tensors` is the peak of what torch's CPU allocator has handed out (torch.profiler's memory events, as
 torch.cuda.max_memory_allocated reports on a GPU), and that is what is planned; `resident` is how much more ru_maxrss
 is than that of the same run with a model of next to nothing: the operations' own scratch memory is in it. With several
@@ -37,6 +37,8 @@ COMMON = {
 }
 GPT2 = {"model.preset": "gpt2-124m", "model.num_layers": 6, "model.hidden_size": 256, "model.num_heads": 4}
 NEO = {"model.preset": "gpt-neo-125m", "model.num_layers": 4, "model.hidden_size": 256, "model.num_heads": 4}
+LLAMA = {"model.preset": "llama-630m", "model.num_layers": 4, "model.hidden_size": 256, "model.num_heads": 4}
+LLAMA |= {"model.num_kv_heads": 2}
 NOTHING = {"model.num_layers": 1, "model.hidden_size": 32, "model.num_heads": 2, "train.sequence_length": 32}
 CASES = {  # name: (ranks, recipe)
     "gpt2, large vocabulary": (1, GPT2 | {"model.vocab_size": 16384, "train.global_batch": 8}),
@@ -58,6 +60,7 @@ CASES = {  # name: (ranks, recipe)
         | {"model.hidden_size": 128, "model.window_size": 32, "train.global_batch": 8, "train.sequence_length": 128}
         | {"train.precision": "bf16"},
     ),
+    "llama, own head": (1, LLAMA | {"train.global_batch": 8}),
     "gpt-neo, 2 ranks, 2 passes": (
         2,
         NEO | {"train.global_batch": 32, "train.micro_batch": 8, "model.window_size": 64},

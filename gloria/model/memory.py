@@ -100,7 +100,7 @@ def memory_per_rank(
 
     every_block = shape.num_layers * block if keep_gathered else 0
     moments = [
-        at(summed * sizes.whole, step.masks + sum(kept) + 2 * step.hidden, step.loss, root + gathered + every_block),
+        at(summed * sizes.whole, step.masks + sum(kept) + step.norm, step.loss, root + gathered + every_block),
     ]
     for layer in reversed(range(shape.num_layers)):
         done = shape.num_layers - 1 - layer
@@ -113,10 +113,10 @@ def memory_per_rank(
         middle = buffers + shape.hidden_size * shape.intermediate_size * element_bytes
         moments.append(at(gradients, before + kept[layer] + step.work(layer), head_gradient, middle))
         moments.append(at(gradients, before + step.hidden, head_gradient, buffers + block))
-    # The embedding's gradient beside the head's, their sum on its way, and what has become a shard.
+    # The embedding's gradient beside the head's, their sum (of a tied head) on its way, and what has become a shard.
     blocks = STATE_BYTES * shape.num_layers * sizes.block_shard + summed * sizes.root
     moments.append(at(blocks, 0, 2 * head_gradient, root + gathered + reduced_block))
-    moments.append(at(blocks, 0, head_gradient, reduced_root + gathered))
+    moments.append(at(blocks, 0, (1 if shape.tied_head else 2) * head_gradient, reduced_root + gathered))
     moments.append(at(STATE_BYTES * sizes.shard, 0, 0, reduced_root + gathered))
     if optimizer == "muon":
         moments.append(at(STATE_BYTES * sizes.shard, 0, 0, _muon_element_bytes(on_gpu) * sizes.muon_work))
@@ -171,12 +171,21 @@ class _Step:
         return self.tokens * self.shape.intermediate_size * self.element
 
     @property
+    def queries(self) -> int:
+        return self.tokens * self.shape.query_width * self.element
+
+    @property
+    def keys(self) -> int:
+        return self.tokens * self.shape.kv_width * self.element
+
+    @property
     def masks(self) -> int:
-        """Those of attention_masks, made once for all layers."""
+        """Those of attention_masks and the rotations, made once for all layers."""
         window = self.shape.window_size
         whole = self.tokens * self.length * self.element if self.mask_documents else 0
         blocks = -(-self.length // window) if self.cut and 0 < window < self.length else 0
-        return whole + self.batch * blocks * 2 * window**2 * self.element
+        turned = 2 * self.length * self.shape.head_dim * self.element if self.shape.family.rotary else 0
+        return whole + turned + self.batch * blocks * 2 * window**2 * self.element
 
     @property
     def loss(self) -> int:
@@ -195,25 +204,47 @@ class _Step:
 
     def kept(self, layer: int, checkpointing: str) -> int:
         """What a layer keeps from forward to backward."""
-        shape, hidden = self.shape, self.hidden
+        shape, hidden, gated = self.shape, self.hidden, self.shape.family.gated_mlp
         log_sums = self.tokens * shape.num_heads * 4  # of the attention, fp32
         if checkpointing == "full":
             return hidden  # the block's input
         if checkpointing == "selective":
-            # input, queries, keys, values, attention, its projection, the MLP's two products
-            return 7 * hidden + self.inner + log_sums
-        attention = 4 * hidden  # queries, keys, values, output
-        if shape.attention_layers[layer] == self.cut and self.length > shape.window_size:
+            # input, queries, keys, values, attention, its projection, the MLP's two or three products
+            return 3 * hidden + 2 * (self.queries + self.keys) + (2 if gated else 1) * self.inner + log_sums
+        local = shape.attention_layers[layer] == self.cut and self.length > shape.window_size
+        repeated = not self.on_gpu or self.mask_documents or local  # keys and values for each head of the queries
+        attention = 2 * self.queries + 2 * (self.queries if repeated else self.keys)  # and the output
+        if local:
             # Padded to whole windows; keys and values twice over, each window's beside those of the one before.
             padded = -(-self.length // shape.window_size) * shape.window_size
-            attention = 6 * hidden * padded // self.length + (hidden if padded > self.length else 0)
-        norms = 4 * hidden + 4 * self.tokens * 4  # inputs and outputs of two, means and deviations in fp32
+            attention = 6 * self.queries * padded // self.length + (self.queries if padded > self.length else 0)
         dropout = 2 * self.tokens * shape.hidden_size if shape.dropout else 0  # a byte for each place of two masks
-        return attention + norms + 2 * self.inner + log_sums + dropout
+        inner = (4 if gated else 2) * self.inner  # gated: gate, its SiLU, the other product, and theirs
+        norms = 2 * self.norm
+        if shape.family.qk_norm:  # their outputs are turned at once
+            norms += self.normed(shape.query_width + shape.kv_width, shape.num_heads + shape.kv_heads)
+        return attention + norms + inner + log_sums + dropout
+
+    @property
+    def norm(self) -> int:
+        """What a norm of the residual stream keeps, with its output."""
+        return self.normed(self.shape.hidden_size, 1) + self.hidden
+
+    def normed(self, width: int, norms: int) -> int:
+        """What norms of a token's `width` elements keep: their input, and in fp32 means and deviations.
+
+        RMSNorm has no mean; on CPU torch puts it together from parts, and keeps the input and what is normed in fp32.
+        """
+        rms = self.shape.family.rms_norm
+        inputs = 2 * 4 if rms and not self.on_gpu else self.element
+        return self.tokens * (width * inputs + norms * (4 if rms else 8))
 
     def work(self, layer: int) -> int:
-        """What a layer's backward needs besides, at its peak: in the MLP's GELU, its output's value let go of."""
-        gradients = self.hidden + self.inner
+        """What a layer's backward needs besides, at its peak: in the MLP's GELU, its output's value let go of.
+
+        Or in the product with a gate, for both of whose factors there are gradients.
+        """
+        gradients = self.hidden + (2 if self.shape.family.gated_mlp else 1) * self.inner
         if self.checkpointing == "none":
             return gradients
         computed_again = self.kept(layer, "none") - self.kept(layer, self.checkpointing)
@@ -231,7 +262,7 @@ def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, act
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     again = activation_checkpointing == "full"
-    matrices = 4 * hidden * hidden + 2 * hidden * inner
+    matrices = 2 * hidden * (shape.query_width + shape.kv_width) + (3 if shape.family.gated_mlp else 2) * hidden * inner
     flops = 6 * shape.padded_vocab * hidden
     for kind in shape.attention_layers:
         reach = sequence_length
@@ -239,7 +270,7 @@ def executed_flops_per_token(shape: TransformerConfig, sequence_length: int, act
             blocks = -(-sequence_length // shape.window_size)
             reach = round(2 * shape.window_size * blocks * shape.window_size / sequence_length)
         flops += 6 * matrices + (2 * (matrices - hidden * inner) if again else 0)
-        flops += hidden * reach * (18 if again else 14)
+        flops += shape.query_width * reach * (18 if again else 14)
     return flops
 
 
