@@ -37,12 +37,14 @@ SMALL = {
     "log.every": 1,
     "log.tensorboard": "false",
 }
+# What makes a llama of it: a head of its own, and keys that two heads share; None: no such key.
+LLAMA = {"model.preset": "llama-160m", "model.num_kv_heads": 1, "model.window_size": None}
 
 
 def flags(recipe: dict[str, Any], **changes: Any) -> list[str]:
-    """A recipe as flags; `changes` are keys with `__` for the dot."""
+    """A recipe as flags, without those that are None; `changes` are keys with `__` for the dot."""
     both = recipe | {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"--{key}={value}" for key, value in both.items()]
+    return [f"--{key}={value}" for key, value in both.items() if value is not None]
 
 
 @dataclass

@@ -133,12 +133,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
 
     Truncation and padding that `tokenizer.json` may ask for are switched off: documents are never cut.
     """
-    path = Path(folder) / "tokenizer.json"
-    fingerprint = tokenizer_fingerprint(folder)
-    try:
-        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain `Exception`
-        raise UserError(f"{path}: is no tokenizer ({error}); save the tokenizer again") from None
+    fingerprint, backend = tokenizer_fingerprint(folder), _backend(folder)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -235,6 +230,20 @@ def tokenizer_fingerprint(folder: str | os.PathLike[str]) -> str:
         return xxhash.xxh3_128_hexdigest(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a tokenizer's folder has a tokenizer.json") from None
+
+
+def other_meanings(folder: str | os.PathLike[str], other: str | os.PathLike[str]) -> tuple[int, int]:
+    """How many of the tokens of `folder` have another id in `other` or none, and how many there are."""
+    ours, theirs = (_backend(path).get_vocab(with_added_tokens=True) for path in (folder, other))
+    return sum(theirs.get(token) != number for token, number in ours.items()), len(ours)
+
+
+def _backend(folder: str | os.PathLike[str]) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain `Exception`
+        raise UserError(f"{path}: is no tokenizer ({error}); save the tokenizer again") from None
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gloria.config.cli import from_mapping, option, suggest, to_mapping
+from gloria.data.tokenizer import other_meanings, tokenizer_fingerprint
 from gloria.errors import UserError
 from gloria.model.config_json import fields_of_config
 from gloria.model.families import FAMILIES, GLOBAL, LOCAL, MAX_LAYERS, Family, RopeScaling, by_turns
@@ -246,6 +247,29 @@ def resolve_shape(config: ModelSection, *, vocab_size: int, sequence_length: int
     if problems:
         raise UserError(*problems)
     return shape
+
+
+def start_warnings(config: ModelSection, shape: TransformerConfig, tokenizer_folder: Path) -> list[str]:
+    """What to know, before the first step, of the folder that a run starts from; `tokenizer_folder` is the corpus's."""
+    folder = config.from_
+    if folder is None:
+        return []
+    own, found = read_shape(folder), []
+    if new := shape.vocab_size - own.vocab_size:
+        found.append(f"model.vocab_size: {new} tokens are new to {folder}; they begin as the mean of its own")
+    if shape.max_positions > own.max_positions:
+        found.append(f"model.max_positions: {folder} was made for {own.max_positions}, and has to learn the others")
+    path = Path(folder, "tokenizer.json")
+    remedy = "prepare the corpus with that folder as tokenizer.path"
+    if not path.is_file():
+        found.append(f"model.from: {path} is not there, so whether the corpus has its tokens is unknown")
+    elif tokenizer_fingerprint(folder) != tokenizer_fingerprint(tokenizer_folder):
+        others, tokens = other_meanings(tokenizer_folder, folder)
+        what = f"{path} has the corpus's tokens, and may cut text into others of them"
+        if others > new:
+            what = f"{others} of the corpus's {tokens} tokens are others in {path}"
+        found.append(f"model.from: {what}; {remedy}")
+    return found
 
 
 def read_shape(folder: str | Path) -> TransformerConfig:

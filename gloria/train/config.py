@@ -25,7 +25,14 @@ from gloria.dist.config import CheckpointConfig, DistConfig
 from gloria.dist.environment import read_environment
 from gloria.dist.gpus import ELEMENT_BYTES
 from gloria.errors import UserError
-from gloria.model.config import ModelSection, TransformerConfig, count_parameters, flops_per_token, resolve_shape
+from gloria.model.config import (
+    ModelSection,
+    TransformerConfig,
+    count_parameters,
+    flops_per_token,
+    resolve_shape,
+    start_warnings,
+)
 from gloria.model.memory import Memory, memory_per_rank
 from gloria.optim import schedules
 from gloria.optim.optimizers import OptimConfig
@@ -254,7 +261,10 @@ def plan_run(config: PretrainConfig, world: int | None = None) -> RunPlan:
         epochs=mixture.epochs_at(total_steps * train.global_batch),
         parameters=count_parameters(shape),
         flops_per_token=flops_per_token(shape, train.sequence_length),
-        warnings=_warnings(config, corpus, mixture, total_steps),
+        warnings=(
+            *start_warnings(config.model, shape, corpus.tokenizer_folder),
+            *_warnings(config, corpus, mixture, total_steps),
+        ),
     )
 
 

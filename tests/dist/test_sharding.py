@@ -42,9 +42,8 @@ def tiny_shape(vocab_size: int, architecture: str = "gpt-neo") -> TransformerCon
         vocab_size=vocab_size,
         attention_layers=("global", "local") if architecture == "gpt-neo" else ("global", "global"),
         window_size=16,
-        dropout=0.0,
-        layer_norm_epsilon=1e-5,
-        init_std=0.02,
+        num_kv_heads=2 if architecture == "llama" else None,
+        tied_head=architecture != "llama",
     )
 
 
@@ -68,13 +67,13 @@ class Passes(TorchDispatchMode):
 
 
 def sharded_gradients(
-    rank: int, world: int, replicas: int, micro_batch: int, vocab_size: int
+    rank: int, world: int, replicas: int, micro_batch: int, shape: TransformerConfig
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Whole gradients by name, and the norm as the loop logs it, of the global batch cut as requested; the same bits
     whether whole weights are given back behind each block or kept through the step."""
     torch.set_num_threads(1)
-    whole, grad_norm, given_back = gradients_of(rank, world, replicas, micro_batch, vocab_size, keep_gathered=False)
-    kept_whole, _, kept = gradients_of(rank, world, replicas, micro_batch, vocab_size, keep_gathered=True)
+    whole, grad_norm, given_back = gradients_of(rank, world, replicas, micro_batch, shape, keep_gathered=False)
+    kept_whole, _, kept = gradients_of(rank, world, replicas, micro_batch, shape, keep_gathered=True)
     assert all(torch.equal(kept_whole[name], gradient) for name, gradient in whole.items())
     shards, modules = world // replicas, 3  # two blocks and the root
     assert kept.gathers == (modules if shards > 1 else 0), "one gather a step, and alone none"
@@ -88,11 +87,10 @@ def sharded_gradients(
 
 
 def gradients_of(
-    rank: int, world: int, replicas: int, micro_batch: int, vocab_size: int, *, keep_gathered: bool
+    rank: int, world: int, replicas: int, micro_batch: int, shape: TransformerConfig, *, keep_gathered: bool
 ) -> tuple[dict[str, torch.Tensor], float, Passes]:
     process = Process(rank, world, torch.device("cpu"))
     mesh = build_mesh(process, replicas)
-    shape = tiny_shape(vocab_size)
     model = shard_model(
         shape,
         mesh,
@@ -103,7 +101,7 @@ def gradients_of(
         keep_gathered=keep_gathered,
     )
     fill_parameters(model, lambda name, size: initial_value(name, size, shape, SEED))
-    ids, labels = batch(vocab_size)
+    ids, labels = batch(shape.vocab_size)
     own = list(range(rank, ROWS, world))
     row_losses = []
     passes = Passes()
@@ -122,25 +120,34 @@ def gradients_of(
     return whole, unpack_sums(sums.numpy(), 1).grad_norm, passes
 
 
-def reference_gradients(vocab_size: int) -> dict[str, torch.Tensor]:
+def reference_gradients(shape: TransformerConfig) -> dict[str, torch.Tensor]:
     """One process, no sharding, the whole batch at once."""
-    shape = tiny_shape(vocab_size)
     model = Transformer(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, shape, SEED))
-    ids, labels = batch(vocab_size)
+    ids, labels = batch(shape.vocab_size)
     (model(ids, labels)[0] / (ROWS * LENGTH)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
-    ("world", "replicas", "micro_batch", "vocab_size"),
-    [(1, 1, 1, 500), (2, 1, 1, 500), (4, 1, 1, 500), (4, 2, 1, 500), (4, 1, 1, 50257), (3, 1, 2, 50257)],
+    ("world", "replicas", "micro_batch", "vocab_size", "architecture"),
+    [
+        (1, 1, 1, 500, "gpt-neo"),
+        (2, 1, 1, 500, "gpt-neo"),
+        (4, 1, 1, 500, "gpt-neo"),
+        (4, 2, 1, 500, "gpt-neo"),
+        (4, 1, 1, 50257, "gpt-neo"),
+        (3, 1, 2, 50257, "gpt-neo"),
+        (4, 2, 1, 500, "llama"),  # its head is a parameter of the root's
+        (3, 1, 2, 500, "llama"),
+    ],
 )
-def test_gradients_do_not_depend_on_ranks_and_micro_batches(world, replicas, micro_batch, vocab_size):
-    expected = reference_gradients(vocab_size)
-    for found, grad_norm in run_world(sharded_gradients, world, replicas, micro_batch, vocab_size):
+def test_gradients_do_not_depend_on_ranks_and_micro_batches(world, replicas, micro_batch, vocab_size, architecture):
+    shape = tiny_shape(vocab_size, architecture)
+    expected = reference_gradients(shape)
+    for found, grad_norm in run_world(sharded_gradients, world, replicas, micro_batch, shape):
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert gradient.norm() > 0, name

@@ -25,7 +25,7 @@ from gloria.dist.state import training_state
 from gloria.errors import run_command
 from gloria.train.run import Run
 from tests import launch
-from tests.launch import SMALL, flags, losses
+from tests.launch import LLAMA, SMALL, flags, losses
 
 # A step in which a source ends its first epoch comes after step 4, and before step 14.
 EPOCHS = {
@@ -134,6 +134,10 @@ CASES = {
     "1-compiled": (1, {"train.compile": "true", "model.num_layers": 1, "train.sequence_length": 16}),
     "2-radam-dropout": (2, {"optim.name": "radam", "model.dropout": 0.1}),
     "2-muon": (2, {"optim.name": "muon"}),
+    "2-llama-muon-selective": (
+        2,
+        LLAMA | {"optim.name": "muon", "train.activation_checkpointing": "selective", "data.mask_documents": "true"},
+    ),
     "4-dropout-selective": (4, {"model.dropout": 0.1, "train.activation_checkpointing": "selective"}),
 }
 
@@ -272,9 +276,12 @@ def test_a_live_run_is_left_alone_and_a_full_disk_reported_before_the_first_step
     assert gloria.pretrain.main(flags(recipe, run__dir=run_dir, train__steps=2)) == 0  # neither left a lock
 
 
-def test_saved_by_replicas_resumed_by_shards_and_alone(recipe, go):
+@pytest.mark.parametrize("family", ["gpt-neo", "llama"])
+def test_saved_by_replicas_resumed_by_shards_and_alone(recipe, go, family):
     """HSDP 2 x 2, then FSDP over 4 ranks, then one rank, with a vocabulary that neither 2 nor 4 divide."""
     recipe |= {"model.vocab_size": 50257, "model.hidden_size": 16, "train.sequence_length": 16}
+    if family == "llama":
+        recipe |= {**LLAMA, "model.vocab_size": 4001}
     whole = go(recipe, 4, "whole", dist__replicas=2)
     for world in (4, 1):
         copied(whole, f"on {world}")

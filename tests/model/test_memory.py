@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.plan import CASES, GPT2, NEO, measure
+from bench.plan import CASES, GPT2, LLAMA, NEO, measure
 from gloria.model.config import PRESETS
 from gloria.model.memory import loss_chunk, memory_per_rank
 
@@ -39,6 +39,10 @@ MEASURED = {
         | {"model.num_layers": 1, "model.hidden_size": 384, "model.intermediate_size": 6144, "model.vocab_size": 2048}
         | {"model.max_positions": 16, "train.sequence_length": 16, "train.global_batch": 1, "optim.name": "muon"},
     ),
+    "llama, own head, selective": (
+        1,
+        LLAMA | SMALL | {"train.activation_checkpointing": "selective", "train.global_batch": 8},
+    ),
     "gpt-neo, two ranks": (2, NEO | SMALL | {"train.global_batch": 24, "model.window_size": 32}),
 }
 
@@ -52,8 +56,8 @@ def test_the_plan_is_what_is_measured(name: str, sample_corpus: Path) -> None:
     assert found["flops"] == found["counted"]
 
 
-def test_the_bench_measures_six_configurations() -> None:
-    assert len(CASES) == 6
+def test_the_bench_measures_seven_configurations() -> None:
+    assert len(CASES) == 7
     assert {ranks for ranks, _ in CASES.values()} == {1, 2}
 
 

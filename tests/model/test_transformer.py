@@ -136,21 +136,24 @@ def test_activation_checkpointing_changes_no_gradient(shape: TransformerConfig, 
         assert_same_gradients(train_gradients(build_model(shape, activation_checkpointing=kind)), wanted, 0.0)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
-def test_selective_checkpointing_computes_no_matmul_or_attention_again(kernel: str) -> None:
-    counts = {}
+@pytest.mark.parametrize(
+    ("family", "kernel"), [("gpt-neo", "sdpa"), ("gpt-neo", "varlen"), ("qwen2", "varlen"), ("llama", "sdpa")]
+)
+def test_selective_checkpointing_computes_no_matmul_or_attention_again(family: str, kernel: str) -> None:
+    shape, counts = SHAPES[family], {}
     for kind in ("none", "full", "selective"):
-        model = build_model(GPT_NEO, activation_checkpointing=kind, kernel=kernel)
-        ids = random_ids(GPT_NEO, 2, 30)
+        model = build_model(shape, activation_checkpointing=kind, kernel=kernel)
+        ids = random_ids(shape, 2, 30)
         loss, _ = model(ids, ids)
         with Calls() as calls:
             loss.backward()
         matmuls = calls.counts["mm"] + calls.counts.get("addmm", 0)
         attentions = calls.counts.get("_scaled_dot_product_flash_attention_for_cpu", 0)
         attentions += calls.counts.get("torch_attn::_varlen_attn", 0)  # in the local layer, by "varlen"
-        counts[kind] = (matmuls, attentions, calls.counts.get("gelu", 0))
-    # (4 projections + 2 of the MLP) * 2 layers; checkpoint stops before a block's very last one.
-    assert counts["full"] == (counts["none"][0] + 10, 2, 2)
+        counts[kind] = (matmuls, attentions, calls.counts.get("gelu", 0) + calls.counts.get("silu", 0))
+    # (4 projections + 2 or 3 of the MLP) * 2 layers; checkpoint stops before a block's very last one.
+    again = 2 * (6 if shape.family.gated_mlp else 5)
+    assert counts["full"] == (counts["none"][0] + again, 2, 2)
     assert counts["selective"] == (counts["none"][0], 0, 2)
 
 
@@ -164,12 +167,21 @@ def test_dropout_stops_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "kernel"), [("none", "sdpa"), ("full", "sdpa"), ("selective", "sdpa"), ("selective", "varlen")]
+    ("family", "kind", "kernel"),
+    [
+        ("gpt-neo", "none", "sdpa"),
+        ("gpt-neo", "full", "sdpa"),
+        ("gpt-neo", "selective", "sdpa"),
+        ("gpt-neo", "selective", "varlen"),
+        ("llama", "none", "sdpa"),
+        ("qwen2", "selective", "varlen"),
+    ],
 )
-def test_compiled_blocks_have_the_same_names_and_gradients(kind: str, kernel: str) -> None:
+def test_compiled_blocks_have_the_same_names_and_gradients(family: str, kind: str, kernel: str) -> None:
     torch._dynamo.reset()
-    wanted = train_gradients(build_model(GPT_NEO))
-    model = build_model(GPT_NEO, activation_checkpointing=kind, kernel=kernel)
+    shape = SHAPES[family]
+    wanted = train_gradients(build_model(shape))
+    model = build_model(shape, activation_checkpointing=kind, kernel=kernel)
     for block in model.transformer.h:
         block.compile(backend="aot_eager")
     assert_same_gradients(train_gradients(model), wanted, 1e-6)
@@ -232,18 +244,27 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
         ("gpt-neo", "transformer.h.1.attn.attention.out_proj.weight", 0.02 / 2),
         ("gpt-neo", "transformer.h.1.attn.attention.out_proj.bias", 0.0),
         ("gpt-neo", "transformer.h.1.ln_2.bias", 0.0),
+        ("llama", "transformer.h.1.attn.attention.q_proj.weight", 0.02),
+        ("llama", "transformer.h.1.attn.attention.out_proj.weight", 0.02),
+        ("llama", "transformer.h.1.mlp.c_proj.weight", 0.02),
+        ("llama", "lm_head.weight", 0.02),
+        ("qwen2", "transformer.h.1.attn.attention.k_proj.bias", 0.0),
     ],
 )
 def test_spread_of_initial_values(family: str, name: str, std: float) -> None:
     shape = SHAPES[family]
     value = initial_value(name, torch.Size(parameter_shapes(shape)[name]), shape, seed=0)
     assert value.dtype == torch.float32
-    real = value[: shape.vocab_size] if ".wte." in name else value
+    real = value[: shape.vocab_size] if name in (EMBEDDING, HEAD) else value
     assert abs(real.mean()) <= 0.1 * std
     assert real.std(correction=0).item() == pytest.approx(std, rel=0.05)
     assert not value[shape.vocab_size :].any()
 
 
 def test_norms_start_as_the_identity() -> None:
-    for name in ("transformer.ln_f.weight", "transformer.h.0.ln_1.weight"):
+    for name in (
+        "transformer.ln_f.weight",
+        "transformer.h.0.ln_1.weight",
+        "transformer.h.0.attn.attention.q_norm.weight",
+    ):
         assert torch.equal(initial_value(name, torch.Size((32,)), GPT2, 0), torch.ones(32))

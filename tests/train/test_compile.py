@@ -17,7 +17,7 @@ from gloria.pretrain import main
 from gloria.tasks.models.backbones import Backbone
 from gloria.tasks.models.heads import TaskModel, shard_task_model
 from tests import varlen  # noqa: F401, which has the operation of "varlen" on CPU
-from tests.launch import SMALL, flags
+from tests.launch import LLAMA, SMALL, flags
 
 
 @pytest.fixture
@@ -34,10 +34,18 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_fifty_steps_compile_each_kind_of_layer_once(graphs, monkeypatch, sample_corpus, repository, tmp_path) -> None:
+@pytest.mark.parametrize(("family", "kinds"), [({}, 2), (LLAMA, 1)], ids=["gpt-neo", "llama"])
+def test_fifty_steps_compile_each_kind_of_layer_once(
+    family, kinds, graphs, monkeypatch, sample_corpus, repository, tmp_path
+) -> None:
     """With validation between, documents, and launches that go on from a checkpoint: by varlen, as on a GPU."""
     monkeypatch.setattr(gloria.model.kernels, "_obstacle", lambda *_: "")
-    recipe = {"config": repository / "launch/demo.toml", "data.corpus": sample_corpus, **SMALL, "model.num_layers": 4}
+    recipe = {
+        "config": repository / "launch/demo.toml",
+        "data.corpus": sample_corpus,
+        **SMALL,
+        "model.num_layers": 4,
+    } | family
     recipe |= {"run.dir": tmp_path / "run", "train.compile": "true", "data.mask_documents": "true"}
     recipe |= {"valid.every": 10, "valid.windows": 4, "checkpoint.every": 100}
     for steps, micro_batch in ((30, 6), (50, 12)):
@@ -46,7 +54,7 @@ def test_fifty_steps_compile_each_kind_of_layer_once(graphs, monkeypatch, sample
         graphs.clear()
         assert main(flags(recipe, train__steps=steps, train__micro_batch=micro_batch)) == 0
         # Of a layer without a window and one with; and the loss, with its gradient and without: both in no_grad.
-        assert sorted(graphs) == ["eval"] * (2 + 2) + ["train"] * 2
+        assert sorted(graphs) == ["eval"] * (kinds + 2) + ["train"] * kinds
         assert not counters["graph_break"]
 
 
