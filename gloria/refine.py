@@ -13,6 +13,7 @@ import glob
 import importlib.util
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,6 +109,10 @@ def refine(recipe: Recipe, where: str, workers: int, *, again: bool = False) -> 
         require_well_formed(recipe, shards, records)
         finish(recipe, shards, records, contamination)
         print(f"{out}: {count} tasks were run, the others were complete" if count else f"{out}: was complete")
+    except UserError:
+        if any(out.glob(f"{WORK}/stages/*/completions/*")):
+            print(f"{out}: holds what is finished; the same command goes on", file=sys.stderr, flush=True)
+        raise
     finally:
         lock.close()
 

@@ -24,6 +24,7 @@ import zstandard
 
 from gloria.data.prepare import formats
 from gloria.errors import UserError
+from gloria.files import size_text
 
 # The end of a file's name -> its format; the longest that fits counts.
 SUFFIXES = {
@@ -43,6 +44,10 @@ FORMATS = tuple(dict.fromkeys((*SUFFIXES.values(), *formats.FORMATS)))
 
 # How much text a byte of a compressed file holds, about; of token shards text and tokens.
 TEXT_PER_BYTE = {"gz": 4, "zst": 4, "bz2": 5, "parquet": 3, "megatron": 3}
+
+# A longer line or text is malformed: it is no document, and reading it would take several times its size in memory.
+MOST_BYTES = 1 << 27
+TOO_LONG = f"longer than {size_text(MOST_BYTES)}"
 
 # Controls that stand between words (NUL, vertical tab, form feed, separators, next line) become a space; the other
 # C0 and C1 controls but for tab and newline go, as does the byte order mark, which has no meaning inside a text.
@@ -102,14 +107,14 @@ def read_documents(
             return
         with _open(path, compression) as file:
             if kind == "jsonl":
-                lines = file if (start, end) == (0, None) else _lines_between(file, start, end)
+                lines = _lines_between(file, start, end)
                 yield from _json_lines(lines, text_field, path if start == 0 else "")
             elif kind in formats.KINDS:
                 yield from (Document(*row) for row in formats.KINDS[kind].reader(file, path, text_field))
             elif documents == "block":
-                yield from _blocks(file)
+                yield from _blocks(_lines_between(file, 0, None))
             else:
-                yield _decoded(1, file.read())
+                yield _decoded(1, file.read(MOST_BYTES + 1))
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError(f"{path}: is no whole .{compression} file ({error}); get it again") from None
     except OSError as error:
@@ -138,6 +143,9 @@ def _json_lines(lines: Iterable[bytes], field: str, path: str) -> Iterator[Docum
     for number, line in enumerate(lines, 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MOST_BYTES:
+            yield Document(number, "", TOO_LONG)
+            continue
         if line.isspace() or not line:
             continue
         values: Any = None
@@ -164,12 +172,22 @@ def _lines_between(file: io.BufferedIOBase, start: int, end: int | None) -> Iter
     position = start
     if start > 0:
         file.seek(start - 1)
-        position = start - 1 + len(file.readline())
-    for line in file:
-        if end is not None and position >= end:
-            return
+        position = start - 1 + _skip_line(file)
+    while (end is None or position < end) and (line := file.readline(MOST_BYTES + 1)):
         position += len(line)
+        if len(line) > MOST_BYTES and not line.endswith(b"\n"):
+            position += _skip_line(file)
         yield line
+
+
+def _skip_line(file: io.BufferedIOBase) -> int:
+    """Read to the end of a line, which may be too long to be held; its bytes."""
+    skipped = 0
+    while part := file.readline(1 << 20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _blocks(lines: Iterable[bytes]) -> Iterator[Document]:
@@ -185,6 +203,8 @@ def _blocks(lines: Iterable[bytes]) -> Iterator[Document]:
 
 
 def _decoded(line: int, data: bytes) -> Document:
+    if len(data) > MOST_BYTES:
+        return Document(line, "", TOO_LONG)
     try:
         return Document(line, data.decode("utf-8"))
     except UnicodeDecodeError:
