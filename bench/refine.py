@@ -3,14 +3,16 @@
     python bench/refine.py CORPUS_FOLDER TASKS_FOLDER
 
 CORPUS_FOLDER holds one folder a source with JSON lines of text; TASKS_FOLDER the files of tasks (calame-pt, assin2).
-Planted by a seed: mojibake, exact and near-duplicates of known Jaccard similarity, other languages, spam, hidden
-sentences of tasks, e-mails and IPs. Each kind is a source of its own, so recall and precision of a step are read off
-the report. Beside it the quality filters run in plain datatrove.
+Planted by a seed: mojibake, exact duplicates, near-duplicates of five Jaccard similarities, other languages, spam,
+hidden sentences of tasks, personal data in several spellings, and numbers that look like them. Each kind is a source of
+its own, so recall and precision of a step are read off the report. What is dropped of the real documents is listed by
+rule. Beside it the quality filters run in plain datatrove, on every fifth real document.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -63,16 +65,79 @@ def jaccard(a: str, b: str) -> float:
     return len(one & two) / max(len(one | two), 1)
 
 
+def changed(text: str, aim: float, choose: random.Random) -> str:
+    """The text with words changed, so that its similarity to what it was is about `aim`."""
+    words = text.split()
+    count = max(1, round(len(words) * (1 - aim) / (5 * (1 + aim))))  # each ends five shingles and begins five
+    for place in choose.sample(range(0, len(words) - 4, 5), min(count, len(words) // 5)):
+        words[place] = f"{choose.choice(SPAM)}{choose.randrange(1000)}"
+    return " ".join(words)
+
+
+def nif(choose: random.Random, *, right: bool = True) -> str:
+    digits = [choose.choice((1, 2, 5)), *(choose.randrange(10) for _ in range(7))]
+    check = 11 - sum(digit * weight for digit, weight in zip(digits, range(9, 1, -1))) % 11
+    return "".join(map(str, digits)) + str(((0 if check >= 10 else check) + (not right)) % 10)
+
+
+def iban(choose: random.Random, *, right: bool = True) -> str:
+    bare = f"{choose.randrange(10**20, 10**21)}"
+    return f"PT{98 - int(bare + '252900') % 97 - (not right):02d}{bare}"
+
+
+def in_groups(text: str, *sizes: int, sign: str = " ") -> str:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return sign.join(part for part in (*(text[a:b] for a, b in itertools.pairwise(ends)), text[ends[-1] :]) if part)
+
+
+def spell_email(n: int, choose: random.Random) -> str:
+    return [f"nome{n}@exemplo.pt", f"ana.sa-{n}@correio.exemplo.com", f"RUI_{n}@EXEMPLO.ORG"][n % 3]
+
+
+def spell_ip(n: int, choose: random.Random) -> str:
+    return f"{choose.choice((81, 193, 8))}.{n}.7.{choose.randrange(1, 255)}"
+
+
+def spell_nif(n: int, choose: random.Random) -> str:
+    bare = nif(choose)
+    return [bare, in_groups(bare, 3, 3), f"PT{bare}", in_groups(bare, 3, 3, sign=".")][n % 4]
+
+
+def spell_iban(n: int, choose: random.Random) -> str:
+    bare = iban(choose)
+    return [bare, in_groups(bare, 4, 4, 4, 4, 4, 4)][n % 2]
+
+
+def spell_phone(n: int, choose: random.Random) -> str:
+    bare = f"{choose.choice(('91', '93', '96', '21', '22'))}{choose.randrange(10**6, 10**7)}"
+    spaced = in_groups(bare, 3, 3)
+    return [bare, spaced, f"+351 {spaced}", f"(+351) {bare}", in_groups(bare, 2, 3, 2)][n % 5]
+
+
+def spell_nothing(n: int, choose: random.Random) -> str:
+    """What looks like personal data and is none."""
+    wrong = nif(choose, right=False)
+    price = f"2,9{choose.randrange(10**7, 10**8)} euros"
+    return [wrong, iban(choose, right=False), f"192.168.1.{n}", price, f"7{choose.randrange(10**10, 10**11)}"][n % 5]
+
+
+CONTACT = "O contacto é"
+PRIVATE = {
+    "EMAIL": spell_email,
+    "IP": spell_ip,
+    "NIF": spell_nif,
+    "IBAN": spell_iban,
+    "PHONE": spell_phone,
+    "none": spell_nothing,
+}
+SIMILAR = (0.95, 0.9, 0.8, 0.7, 0.5)  # of the sets of 5-word shingles
+
+
 def plant(real: list[str], hidden: list[str], choose: random.Random) -> dict[str, list[str]]:
     """Planted documents by kind."""
     long = [text for text in real if 600 < len(text) < 6000]
     moji = [text.encode().decode("latin-1") for text in choose.sample(long, 500)]
-    near = []
-    for text in choose.sample(long, 500):
-        words = text.split(" ")
-        for _ in range(max(1, len(words) // 60)):  # a word in 60 changed: similarity of about 0.85
-            words[choose.randrange(len(words))] = choose.choice(SPAM)
-        near.append(" ".join(words))
+    near = {f"near-{aim:.2f}": [changed(text, aim, choose) for text in choose.sample(long, 100)] for aim in SIMILAR}
     towns = ["Braga", "Faro", "Vigo", "Lugo", "Cáceres", "Leeds", "Évora", "Beja"]
     foreign = {
         key: [
@@ -83,9 +148,12 @@ def plant(real: list[str], hidden: list[str], choose: random.Random) -> dict[str
     }
     spam = [" ".join(choose.choices(SPAM, k=12)) * 12 for _ in range(300)]
     held = [f"{choose.choice(long)[:900]}\n{text}\n{choose.choice(long)[:900]}" for text in choose.sample(hidden, 100)]
-    private = [f"{choose.choice(long)[:1500]} Contacto: nome{n}@exemplo.pt, servidor 81.{n}.7.9." for n in range(50)]
+    private = {
+        f"private-{kind}": [f"{choose.choice(long)[:1500]} {CONTACT} {spell(n, choose)}." for n in range(50)]
+        for kind, spell in PRIVATE.items()
+    }
     exact = choose.sample(long, 500)
-    return {"mojibake": moji, "exact": exact, "near": near, **foreign, "spam": spam, "held": held, "private": private}
+    return {"mojibake": moji, "exact": exact, **near, **foreign, "spam": spam, "held": held, **private}
 
 
 def main() -> None:
@@ -102,12 +170,15 @@ def main() -> None:
     lines = (flags.tasks / "calame-pt/calamept_all.jsonl").read_text().splitlines()
     hidden = [f"{row['sentence']} {row['last_word']}" for row in map(json.loads, lines)]
     planted = plant([text for _, text in real], [text for text in hidden if len(text.split()) > 9], choose)
-    names = {"real": [text for _, text in real], **planted}
-    recipe = ["[tokenizer]", "[refine]", f'preset = "{flags.preset}"', "[dedup]", 'scope = "all"', "[pii]"]
+    sources: dict[str, list[str]] = {}
+    for name, text in real:
+        sources.setdefault(name, []).append(text)
+    names = {**sources, **planted}
+    recipe = ["[tokenizer]", "[refine]", f'preset = "{flags.preset}"', "[dedup]", 'scope = "all"']
+    recipe += ["[pii]", "nif = true", "iban = true", "phone = true"]
     recipe += ["[decontaminate]", f'tasks = {{calame = "{flags.tasks}/calame-pt", assin2 = "{flags.tasks}/assin2"}}']
     for name, texts in names.items():
-        rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        (flags.work / f"{name}.jsonl").write_text(rows)
+        write_rows(flags.work / f"{name}.jsonl", texts)
         recipe += ["[[source]]", f'name = "{name}"', f'paths = ["{name}.jsonl"]']
         recipe += ['preset = "none"', 'limits = {language = "pt"}'] if name in FOREIGN else []
     (flags.work / "corpus.toml").write_text("\n".join(recipe))
@@ -116,8 +187,13 @@ def main() -> None:
     with suppress(UserError):  # of some planted sources nothing is left
         refine.main([str(flags.work / "corpus.toml"), "--out", str(out), "--workers", "1", "--force"])
     took = time.process_time() - start
-    show(out, names, took)
+    show(out, names, list(sources), took)
+    write_rows(flags.work / "real.jsonl", [text for _, text in real[::5]])
     beside_datatrove(flags.work, flags.preset)
+
+
+def write_rows(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
 
 
 def beside_datatrove(work: Path, preset: str) -> None:
@@ -148,7 +224,7 @@ def beside_datatrove(work: Path, preset: str) -> None:
     print(f"{len(kept[0]):,} and {len(kept[1]):,} documents stay; they are the same: {kept[0] == kept[1]}")
 
 
-def show(out: Path, names: dict[str, list[str]], took: float) -> None:
+def show(out: Path, names: dict[str, list[str]], real: list[str], took: float) -> None:
     report = json.loads((out / "report.json").read_text())["sources"]
 
     def dropped(source: str, step: str) -> int:
@@ -158,31 +234,32 @@ def show(out: Path, names: dict[str, list[str]], took: float) -> None:
     def seen(source: str, step: str) -> int:
         return report[source]["steps"][step]["documents"]
 
-    read = len(names["real"])
-    print(f"\n{'planted':<12}{'step':<18}{'found':>7}{'of':>7}{'recall':>9}   dropped of {read:,} real documents")
+    def texts(source: str) -> list[str]:
+        return [
+            json.loads(line)["text"] for path in (out / source).glob("*.zst") for line in zstandard.open(path, "rt")
+        ]
+
+    read = sum(len(names[name]) for name in real)
+    print(f"\n{'planted':<16}{'step':<18}{'found':>7}{'of':>7}{'recall':>9}   dropped of {read:,} real documents")
     rows = [("mojibake", "encoding", report["mojibake"]["steps"]["encoding"]["changed"], len(names["mojibake"]))]
     rows += [
         (kind, "near-duplicates", dropped(kind, "near-duplicates"), seen(kind, "near-duplicates"))
-        for kind in ("exact", "near")
+        for kind in ("exact", *(name for name in names if name.startswith("near-")))
     ]
     rows += [(kind, "language", dropped(kind, "language"), len(names[kind])) for kind in FOREIGN]
     spam = sum(dropped("spam", step) for step in report["spam"]["steps"])
     rows += [("spam", "any", spam, len(names["spam"]))]
     rows += [("held", "evaluation data", dropped("held", "evaluation data"), seen("held", "evaluation data"))]
-    rows += [
-        (
-            "private",
-            "personal data",
-            report["private"]["steps"]["personal data"]["changed"],
-            seen("private", "personal data"),
-        )
-    ]
+    for kind in PRIVATE:
+        kept = texts(f"private-{kind}")
+        found = sum(f"{CONTACT} <" in text if kind == "none" else f"{CONTACT} <{kind}>" in text for text in kept)
+        rows += [(f"private-{kind}", "personal data", found, len(kept))]
     for kind, step, found, of in rows:
-        lost = (
-            sum(dropped("real", name) for name in report["real"]["steps"]) if step == "any" else dropped("real", step)
-        )
-        lost = report["real"]["steps"]["encoding"]["changed"] if step == "encoding" else lost
-        print(f"{kind:<12}{step:<18}{found:>7}{of:>7}{found / max(of, 1):>9.1%}   {lost:,}")
+        steps = [name for name in report[real[0]]["steps"] if step in ("any", name)]
+        lost = sum(dropped(source, name) for source in real for name in steps)
+        if step in ("encoding", "personal data"):
+            lost = sum(report[source]["steps"][step]["changed"] for source in real)
+        print(f"{kind:<16}{step:<18}{found:>7}{of:>7}{found / max(of, 1):>9.1%}   {lost:,}")
     seconds: Counter[str] = Counter()
     for path in (out / "work/records").rglob("*.json"):
         seconds.update(read_record(path).seconds)
@@ -192,8 +269,14 @@ def show(out: Path, names: dict[str, list[str]], took: float) -> None:
         documents = sum(found["steps"].get(step, {}).get("characters", 0) for found in report.values()) / 1e6
         print(f"  {step:<18}{spent:>8.1f} s {documents / max(spent, 1e-9):>10.2f} million characters/s")
     print(f"  {'the rest':<18}{took - seconds.total():>8.1f} s (reading, MinHash, writing)")
-    kept = [json.loads(line) for path in (out / "real").glob("*.zst") for line in zstandard.open(path, "rt")]
-    print(f"{len(kept):,} of {read:,} real documents stay")
+    kept = sum(len(texts(source)) for source in real)
+    print(f"{kept:,} of {read:,} real documents stay; dropped by step and rule:")
+    rules: Counter[str] = Counter()
+    for source in real:
+        for step, what in report[source]["steps"].items():
+            rules.update({f"{step}: {rule}": found["documents"] for rule, found in what.get("dropped", {}).items()})
+    for rule, number in rules.most_common():
+        print(f"  {rule:<50}{number:>7,}")
 
 
 if __name__ == "__main__":
