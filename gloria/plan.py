@@ -1,6 +1,7 @@
 """What a pre-training run will need and cost, before anything is spent. Needs no GPU, no torch and no corpus.
 
     python -m gloria.plan --config launch/gloria-1.3b.toml --gpus 4xA100-40GB [--mfu 0.4] [--network 25] [--KEY VALUE]
+    python -m gloria.plan --config RECIPE --ladder [RUN RUN RUN ...]
 
 Parameters, length, FLOPs and hours, memory of a rank by activation checkpointing, checkpoints and disk, traffic, and
 all of it from 1 to 1,024 GPUs. Without --gpus the plan is for this machine. With no corpus yet, the vocabulary is
@@ -10,6 +11,7 @@ taken from the preset, and what cannot be known is said.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import textwrap
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ from gloria.train.forecast import (
     keep_gathered,
     step_traffic,
 )
+from gloria.train.ladder import prediction_lines, proposal_lines
 from gloria.train.metrics import short_number
 from gloria.train.summary import duration_text
 
@@ -123,13 +126,16 @@ class PlanConfig(PretrainConfig):
         None, f"NUMBERxCARD, by default this machine's; cards: {' '.join(card.name for card in CARDS)}"
     )
     mfu: float = option(MFU, "share of the dense peak that training reaches", above=0, maximum=1)
+    ladder: list[str] | None = option(
+        None, "alone: proposes three small runs; followed by their folders: predicts this run's loss from theirs"
+    )
     network: float = option(NETWORK, f"GB/s that a GPU sends to other nodes (of {NODE} GPUs)", above=0)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plan."""
     config = read_pretrain_config(
-        argv,
+        _ladder_as_list(argv),
         PlanConfig,
         prog="python -m gloria.plan",
         description="What a pre-training run will need and cost.",
@@ -139,11 +145,27 @@ def main(argv: list[str] | None = None) -> int:
     )
     machine = Machine(*_gpus(config), config.mfu, config.network)
     job = read_job(config, machine)
+    if config.ladder is not None:
+        tokens = job.total_steps * job.step_tokens
+        about = (job.shape, tokens, config.ladder) if config.ladder else (config, job.shape, job.total_steps)
+        print(*(prediction_lines if config.ladder else proposal_lines)(*about), sep="\n")
+        return 0
     for line in lines_of(job, machine):
         print(textwrap.fill(line, 116, subsequent_indent=" " * 13))
     for line in (*job.warnings, *faster(job, machine)):
         warn(line)
     return 0
+
+
+def _ladder_as_list(argv: list[str] | None) -> list[str]:
+    """The words behind --ladder, up to the next flag, as one value."""
+    words = list(argv or ())
+    if "--ladder" in words:
+        first = end = words.index("--ladder") + 1
+        while end < len(words) and not words[end].startswith("--"):
+            end += 1
+        words[first - 1 : end] = [f"--ladder={json.dumps(words[first:end], ensure_ascii=False)}"]
+    return words
 
 
 def faster(job: Job, machine: Machine) -> Iterator[str]:
