@@ -30,7 +30,7 @@ from gloria.data.prepare.inputs import (
     shorten,
 )
 from gloria.data.prepare.passes import make_corpus
-from gloria.data.prepare.recipe import Recipe, read_recipe, to_record, tokenizer_place
+from gloria.data.prepare.recipe import Recipe, about_sources, read_recipe, to_record, tokenizer_place
 from gloria.data.prepare.report import report
 from gloria.data.prepare.workers import available_cores
 from gloria.data.refine.plan import make_plan, read_refined, refined_recipe
@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     recipe = read_recipe(where)
     out = Path(flags.out or recipe.out)
     recipe, about = of_cleaned_text(recipe, where)
+    about |= about_sources(recipe)
     if (out / MANIFEST).exists() and not flags.force and not (flags.update and why_outdated(recipe, where, out)):
-        manifest = check(recipe, where, out, verify=flags.verify)
+        manifest = describe_anew(out, check(recipe, where, out, verify=flags.verify), about)
     else:
         manifest = make(recipe, where, out, flags.workers, update=flags.update, force=flags.force, about=about)
     print("\n".join(report(manifest, flags.budget_tokens)))
@@ -133,6 +134,18 @@ def check(recipe: Recipe, where: str, out: Path, *, verify: bool) -> Manifest:
     if read_inputs(out) is None:
         warn(f"{out}: has no {INPUTS}, so changes of its sources can't be seen; --force makes it again")
     print(f"{out}: is already whole{', every hash is right' if verify else ''}")
+    return manifest
+
+
+def describe_anew(out: Path, manifest: Manifest, about: Mapping[str, Any]) -> Manifest:
+    """The manifest with today's origin, licence and description of the sources; the corpus stays as it is."""
+    kept = {key: value for key, value in manifest.recipe.items() if key != "about"}
+    now = {**kept, **{key: about[key] for key in about.keys() & {"about"}}}
+    if now == manifest.recipe:
+        return manifest
+    manifest = dataclasses.replace(manifest, recipe=now)
+    write_manifest(out, manifest)
+    print(f"{out}: origin, licence and description of its sources are written anew")
     return manifest
 
 

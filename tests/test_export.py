@@ -103,7 +103,7 @@ def test_mistakes_end_in_one_line(run: tuple, tmp_path: Path, capsys: pytest.Cap
     assert lines == [
         f"error: {tmp_path}/checkpoints: holds no checkpoint",
         f"error: {folder}/checkpoints: holds no checkpoint of step 15; there are steps 10, 20",
-        f"error: {tmp_path}: is there already; remove it or choose another --out",
+        f"error: --out: {tmp_path} is already there; give another folder or remove it",
         'error: --dtype: unknown value "int8"; one of "fp32", "bf16", "float32", "bfloat16"',
     ]
     assert list(tmp_path.iterdir()) == []

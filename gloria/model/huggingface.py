@@ -179,11 +179,12 @@ def write_folder(
         made = work / "model"
         made.mkdir()
         _write_weights(made, shape, tensors, getattr(torch, dtype), shard_bytes, {"format": "pt", **(about or {})})
-        for name, text in (texts or {}).items():
-            (made / name).write_text(text, encoding="utf-8")
         for path in sorted(Path(tokenizer_folder).iterdir()):
             if path.is_file():
                 shutil.copyfile(path, made / path.name)
+        for name, text in (texts or {}).items():
+            if not (made / name).exists():  # it came with the tokenizer, so somebody wrote it
+                (made / name).write_text(text, encoding="utf-8")
         _limit_length(made / "tokenizer_config.json", shape.max_positions)
         _write_json(made / "config.json", {**config_of_fields(shape.to_dict()), "dtype": dtype, **ids})
         _write_json(made / "generation_config.json", ids)

@@ -18,7 +18,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import gloria.train.pretraining
+import gloria.train.windows
 from gloria.audit import main as audit
 from gloria.data.corpus import read_manifest, write_manifest
 from gloria.dist.manifest import manifest_bytes
@@ -61,13 +61,13 @@ def lived(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def spoil_step(patch: pytest.MonkeyPatch, step: int) -> None:
     """The loss of one step is not finite, so its update is left out."""
-    honest = gloria.train.pretraining.window_losses
+    honest = gloria.train.windows.window_losses
 
     def window_losses(run: Any, *rest: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss, rows = honest(run, *rest, **more)
         return loss * (float("nan") if run.step == step and torch.is_grad_enabled() else 1.0), rows
 
-    patch.setattr(gloria.train.pretraining, "window_losses", window_losses)
+    patch.setattr(gloria.train.windows, "window_losses", window_losses)
 
 
 def audited(folder: Path, *more: object) -> str:

@@ -30,6 +30,7 @@ from gloria.errors import UserError
 
 MEGATRON = "megatron"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ABOUT_KEYS = ("origin", "licence", "description")
 _RESERVED = ("tokenizer", "manifest.json")  # the corpus folder's own
 
 
@@ -55,6 +56,10 @@ class SourceConfig(TextRules, SourceCleaning):
         "what a document of a .txt is: the file, or a block between blank lines",
         choices=("file", "block"),
     )
+    # For the model card; they make no other corpus.
+    origin: str = option("", "where the text comes from: an address, a collection, an agreement")
+    licence: str = option("", "of the text, for example CC-BY-SA-4.0")
+    description: str = option("", "what the text is, in a sentence or two")
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,14 @@ def tokenizer_place(recipe: Recipe, where: str) -> str:
     return str(beside) if beside.exists() else recipe.tokenizer.path
 
 
+def about_sources(recipe: Recipe) -> dict[str, Any]:
+    """Origin, licence and description of the sources that have any: what the manifest keeps beside the record."""
+    found = {
+        source.name: {key: value for key in ABOUT_KEYS if (value := getattr(source, key))} for source in recipe.source
+    }
+    return {"about": told} if (told := {name: about for name, about in found.items() if about}) else {}
+
+
 def to_record(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe makes the corpus what it is, as the manifest keeps it.
 
@@ -191,7 +204,7 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
     for key in ("refine", *SECTIONS):  # prepare reads cleaned text without asking how it was cleaned
         del record[key]
     for source in record["source"]:
-        for key in ("paths", *CLEANING_KEYS):
+        for key in ("paths", *CLEANING_KEYS, *ABOUT_KEYS):
             del source[key]
         located = source.pop("filter")
         if located:

@@ -18,7 +18,7 @@ import xxhash
 from gloria.config.cli import to_mapping
 from gloria.data.prepare.filters import filter_identity
 from gloria.data.prepare.inputs import find_files, text_bytes
-from gloria.data.prepare.recipe import MEGATRON, Recipe, SourceConfig, SourceFile
+from gloria.data.prepare.recipe import ABOUT_KEYS, MEGATRON, Recipe, SourceConfig, SourceFile
 from gloria.data.prepare.scatter import Piece, cut_pieces, piece_bytes
 from gloria.data.refine.config import DedupConfig, ExecutorConfig
 from gloria.data.refine.presets import find_preset
@@ -106,7 +106,7 @@ def dedup_record(config: DedupConfig | None) -> Any:
 def _source_record(recipe: Recipe, source: SourceConfig) -> dict[str, Any]:
     assert recipe.refine is not None
     record = to_mapping(source)
-    for key in ("weight", "paths", "preset", "min_chars"):
+    for key in ("weight", "paths", "preset", "min_chars", *ABOUT_KEYS):
         del record[key]
     record["limits"] = to_mapping(limits_of(recipe, source))
     record["encoding"] = recipe.refine.encoding
