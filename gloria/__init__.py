@@ -1,4 +1,4 @@
-"""GlórIA: pre-train, fine-tune, evaluate and publish GPT-2 and GPT-Neo language models."""
+"""GlórIA: pre-train, fine-tune, evaluate and publish language models: GPT-2, GPT-Neo, LLaMA and kin."""
 
 import os
 import sys

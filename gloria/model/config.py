@@ -134,7 +134,7 @@ class ModelSection:
     preset: str | None = option(
         None,
         f"a shape, trained from random weights: {', '.join(PRESETS)}; "
-        "vLLM and llama.cpp (gguf) serve GPT-2, not GPT-Neo",
+        "vLLM and llama.cpp (gguf) serve GPT-2 and LLaMA, not GPT-Neo",
     )
     from_: str | None = option(
         None,

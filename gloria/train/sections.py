@@ -35,7 +35,7 @@ class StepSection:
     activation_checkpointing: str = option(
         "none",
         "what the backward pass computes again instead of keeping it: full takes the least memory and a third more "
-        "time, selective (of GPT-2 and GPT-Neo) keeps the matrix products",
+        "time, selective (not for models of transformers) keeps the matrix products",
         choices=("none", "full", "selective"),
     )
     compile: Literal["auto", True, False] = option(
