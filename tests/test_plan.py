@@ -107,6 +107,11 @@ def test_a_table_from_1_to_1024_gpus_that_says_where_a_job_does_not_fit(capsys: 
     assert [word for word in rows if word.isdigit()] == [str(2**power) for power in range(11)]
 
 
+def test_the_recipe_of_a_llama_has_tucanos_size(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = reported(capsys, "--config", "launch/llama-160m.toml", "--gpus", "4xA100-40GB", "--data.corpus", "nowhere")
+    assert rows["parameters"].startswith("parameters   162,417,408 ")
+
+
 def test_what_fits_grows_with_checkpointing_and_is_the_largest_that_does() -> None:
     machine = plan.Machine(4, read_gpus("A100-40GB")[1], 0.4, 25)
     largest = []

@@ -32,6 +32,7 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on
     """The run in a few lines, for the user to read before it starts; `why` it has its precision."""
     train, shape, counts = config.train, plan.shape, plan.parameters
     parts = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if name != "total")
+    of_keys = f" ({shape.kv_heads} of keys)" if shape.kv_heads < shape.num_heads else ""
     step_tokens = train.global_batch * train.sequence_length
     keep = gathered.keep
     memory = peak_of_step(config, shape, plan.world, precision=precision, on_gpu=on_gpu, keep_gathered=keep)
@@ -40,7 +41,7 @@ def describe(config: PretrainConfig, plan: RunPlan, precision: str, why: str, on
         "run": f"{config.run.dir}, seed {config.run.seed}, recipe {config.source_file}"
         + (f", a branch of {config.run.branch}" if config.run.branch else ""),
         "model": f"{shape.architecture}: {shape.num_layers} layers x {shape.hidden_size}, {shape.num_heads} "
-        f"heads, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
+        f"heads{of_keys}, {shape.max_positions} positions, vocabulary {shape.vocab_size:,}",
         "parameters": f"{counts['total']:,} ({parts})",
         "precision": f"{precision}: {why}",
         "memory": f"{memory.describe()}; more: python -m gloria.plan",
