@@ -98,6 +98,8 @@ def run(settings: str, pytest_arguments: list[str]) -> Result:
         cores(1 if "one-core" in names else None),
         busy(BUSY if "load" in names else 0),
     ):
+        # torch's cache of compiled code does not know ATEN_CPU_CAPABILITY: code for 16 lanes, built for 8, gives NaN.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", f"--junitxml={report}"]
         done = subprocess.run([*command, *pytest_arguments], cwd=REPOSITORY, env=environment)
