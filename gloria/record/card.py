@@ -27,11 +27,13 @@ LICENCES = (
 )
 GLORIA = """@inproceedings{lopes-etal-2024-gloria,
   title = "{G}l{\\'o}r{IA}: A Generative and Open Large Language Model for {P}ortuguese",
-  author = "Lopes, Ricardo and Magalh{\\~a}es, Jo{\\~a}o and Semedo, David",
-  booktitle = "Proceedings of the 16th International Conference on Computational Processing of Portuguese (PROPOR)",
+  author = "Lopes, Ricardo and Magalhaes, Joao and Semedo, David",
+  booktitle = "Proceedings of the 16th International Conference on Computational Processing of Portuguese",
   year = "2024",
-  eprint = "2402.12969",
-  archivePrefix = "arXiv"
+  publisher = "Association for Computational Linguistics",
+  url = "https://aclanthology.org/2024.propor-1.45",
+  pages = "441--453",
+  note = "arXiv 2402.12969"
 }"""
 
 
