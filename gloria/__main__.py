@@ -19,6 +19,7 @@ COMMANDS = {
     "audit": "prove what a run was trained on, or when it read a document",
     "checkpoints": "list, verify or prune a run's checkpoints, and report its status",
     "translate": "the recipe for a command line of the original GlórIA",
+    "report": "make one page of plots, tables and text from the folders of runs",
     "export": "turn a run or a fine-tuned model into a Hugging Face folder",
     "generate": "continue a text",
     "finetune": "fine-tune a model on a task",

@@ -26,7 +26,7 @@ FLOORS = (
     ("model",),
     ("tasks",),
     ("train",),
-    ("record",),
+    ("page", "record"),
     ("commands",),  # gloria/VERB.py
     ("__main__",),
 )

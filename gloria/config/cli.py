@@ -138,8 +138,12 @@ def _read_flags(cls: type, words: list[str], recipe: bool) -> _Flags:
         if flag in ("--help", "-h"):
             flags.help = True
         elif not flag.startswith("--") and places:
-            key, flags.given[key] = places.pop(0)
-            flags.overrides[key] = ([key], word)
+            key, name = places[0]
+            flags.given[key] = name
+            if typing.get_origin(keys(cls)[key][1]) is list:  # it takes all such words
+                flags.overrides.setdefault(key, ([key], []))[1].append(word)
+            else:
+                flags.overrides[key] = ([places.pop(0)[0]], word)
         elif not flag.startswith("--"):
             flags.problems.append(f"{word}: is no flag; flags begin with --")
         else:

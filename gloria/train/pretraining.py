@@ -102,7 +102,7 @@ class Pretraining:
         The achieved share counts windows since the present weights hold.
         """
         next_sample = self.mixture.samples_of_step(step - 1).stop
-        taken, stage = self.mixture.count_before(next_sample), self.mixture.stages[-1]
+        taken, stage = self.mixture.count_before(next_sample), self.mixture.stage(next_sample - 1)
         since = {name: taken[name] - before for name, before in zip(stage.names, stage.taken)}
         epochs, shares = self.mixture.epochs_at(next_sample), self.mixture.shares
         flops = values["tokens_per_s"] * self.plan.flops_per_token / run.process.world
