@@ -1,4 +1,4 @@
-"""Pre-train a language model (GPT-2, GPT-Neo, LLaMA and kin) on a weighted mixture of token shards.
+"""Pre-train a language model (GPT-2, GPT-Neo, LLaMA, ...) on a weighted mixture of token shards.
 
     python -m gloria.pretrain                                   # one process, the demo recipe
     torchrun --nproc_per_node 4 -m gloria.pretrain --config launch/gloria-1.3b.toml --train.steps 1000

@@ -31,8 +31,8 @@ def frequencies(shape: TransformerConfig, device: torch.device) -> Tensor:
 
 def rotations(shape: TransformerConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """Cosines and sines for tokens at `positions` (..., seq), made once a forward: (2, ..., seq, 1, head_dim)."""
-    angles = positions[..., None].float() * frequencies(shape, positions.device)
-    angles = torch.cat((angles, angles), dim=-1)[..., None, :]  # over all heads alike
+    angles = positions.unsqueeze(-1).float() * frequencies(shape, positions.device)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # over all heads alike
     return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
 

@@ -174,7 +174,7 @@ def read_pretrain_config(
     cls: type[P] = PretrainConfig,  # type: ignore[assignment]  # mypy has no defaults of type variables here
     *,
     prog: str = "python -m gloria.pretrain",
-    description: str = "Pre-train a language model (GPT-2, GPT-Neo, LLaMA and kin) on a weighted mixture of token shards.",
+    description: str = "Pre-train a language model (GPT-2, GPT-Neo, LLaMA, ...) on a weighted mixture of token shards.",
     world: Callable[[P], int] = lambda config: read_environment().world,
     check: Callable[[P], Problems] = lambda config: (),
     needs_corpus: bool = True,

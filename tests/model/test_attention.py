@@ -129,7 +129,8 @@ def test_flex_attention_sees_what_the_others_see(window: int, ends: tuple[int, .
 def test_the_call_for_cuda_is_one_that_its_kernel_takes() -> None:
     """Fake tensors on a GPU that is not there: what reaches the operation has the dtype, layout and sizes it checks."""
     shape = replace(PRESETS["gpt-neo-125m"], num_layers=2, attention_layers=("global", "local"), window_size=256)
-    for one in (shape, replace(shape, architecture="gpt2")):  # queries, keys and values of their own, or cut out of one
+    # Queries, keys and values of their own, or cut out of one, or turned, and fewer keys than queries.
+    for one in (shape, replace(shape, architecture="gpt2"), replace(shape, architecture="qwen2", num_kv_heads=4)):
         with torch.device("meta"):
             model = Transformer(one, kernel="varlen")
         with torch.no_grad(), FakeTensorMode():
@@ -146,6 +147,7 @@ def test_the_call_for_cuda_is_one_that_its_kernel_takes() -> None:
             query, key, value, cuts, others, max_q, max_k, causal, scale, reach = call[:10]
             check_arguments(query, key, value, cuts, others, max_q)
             assert query.shape == (2100, 12, 64)
+            assert key.shape == (2100, one.kv_heads, 64)
             assert query.device.type == "cuda"
             assert query.dtype == torch.bfloat16
             assert (max_q, max_k, scale) == (700, 700, one.family.attention_scale)

@@ -12,7 +12,7 @@ from torch.nn.attention import varlen
 
 from gloria.errors import UserError
 from gloria.model.kernels import choose_kernel
-from tests.tiny_models import GPT2, GPT_NEO
+from tests.tiny_models import GPT2, GPT_NEO, MISTRAL
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 VARLEN = "local layers by varlen flash, all else by sdpa"
@@ -35,7 +35,7 @@ def test_varlen_flash_is_taken_where_a_layer_needs_a_mask() -> None:
     assert choose("varlen", precision="fp16", compiled=False) == ("varlen", VARLEN)
     both = "local layers and masked documents by varlen flash, all else by sdpa"
     assert choose(mask_documents=True) == ("varlen", both)
-    assert choose(shape=GPT2, mask_documents=True)[0] == "varlen"
+    assert choose(shape=GPT2, mask_documents=True)[0] == choose(shape=MISTRAL)[0] == "varlen"
     assert choose("flex", precision="fp32") == ("flex", "local layers by FlexAttention, all else by sdpa")
     plain = ("sdpa", "sdpa: every layer is plainly causal")
     assert choose(shape=GPT2) == choose(sequence_length=8) == choose("varlen", shape=GPT2, device=CPU) == plain
@@ -48,6 +48,13 @@ def without_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query)
+
+
+def without_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
 
 def on_a_v100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +73,7 @@ def on_a_v100(monkeypatch: pytest.MonkeyPatch) -> None:
         (on_a_v100, {}, "Tesla V100-SXM2-32GB (sm_70) is no NVIDIA GPU from sm_80 on"),
         (without_flash, {}, "this torch is built without flash attention"),
         (without_windows, {}, f"varlen_attn of torch {torch.__version__} has no window"),
+        (without_groups, {"shape": MISTRAL}, f"varlen_attn of torch {torch.__version__} has no grouped queries"),
     ],
 )
 def test_what_takes_its_place_says_why(monkeypatch: pytest.MonkeyPatch, change: Any, options: dict, why: str) -> None:

@@ -98,6 +98,19 @@ def test_a_folder_of_bf16_is_loaded_as_fp32(folders, tmp_path):
     assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.float32}
 
 
+def test_a_variant_of_a_family_of_ours_goes_through_transformers(folders, tmp_path):
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 48, "rope_theta": 1e4}
+    name = changed(folders["llama"], tmp_path / "yarn", edit_config(rope_parameters=rope))
+    loaded = load_model(name, language_model=True)
+    assert not isinstance(loaded.backbone.body, Transformer)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()(ids).logits
+        torch.testing.assert_close(loaded.require_language_model().eval()(ids).logits, wanted)
+        plain = load_model(str(folders["llama"])).require_language_model()
+        assert (plain(ids) - wanted).abs().max() > 1e-4, "the scaling changes nothing"
+
+
 def index(file: str, content: bytes) -> Callable[[Path], object]:
     """Weights in a file that an index names."""
 
