@@ -194,12 +194,11 @@ def check_ancestors(history: History) -> Iterator[Finding]:
             yield Finding("ancestor", True, f"{folder} at step {step:,}: is not here any more, and is not proved")
             continue
         try:
-            trunk = read_history(folder).mixture
+            trunk = read_history(folder)
         except UserError as error:
             yield from conclude("ancestor", error.problems, "")
             continue
         sample = history.mixture.samples_of_step(step).start
-        problems = (
-            [f"{folder}: {what}"] if (what := other_past(replace(trunk, next_sample=sample), history.mixture)) else []
-        )
+        other = other_past(replace(trunk.mixture, next_sample=sample), history.mixture)
+        problems = [*trunk.problems, *([f"{folder}: {other}"] if other else [])]
         yield from conclude("ancestor", problems, f"{folder} has drawn the same samples before step {step:,}")

@@ -120,8 +120,15 @@ def read_history(folder: Path) -> History:
             saved.append(_read_saved(folder, step))
         except UserError as error:
             problems += error.problems
-    start = parse_json_object(read_bounded(folder / START), folder / START)
-    begun = mixture_from_state(start.get("mixture", {}), str(folder / START))
+    start = {}
+    try:
+        start = parse_json_object(read_bounded(folder / START), folder / START)
+        begun = mixture_from_state(start.get("mixture", {}), str(folder / START))
+    except UserError as error:
+        if not saved:
+            raise
+        problems += error.problems
+        begun = saved[-1].mixture
     mixture, state = begun, start
     if saved:
         state = {**start, **saved[-1].state}

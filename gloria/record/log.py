@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -28,12 +29,13 @@ class Reading:
     counted: Counted
     due: Iterator[tuple[Launch, int]]  # the train lines that there should be
     next_due: tuple[Launch, int] | None
+    skipped: list[int]  # the steps whose updates were left out
     position: int  # the samples before it are counted
     before: np.ndarray | None  # counts at the line before; None: unknown, so that its losses cannot be added up
     start_ordinals: dict[int, np.ndarray] = field(default_factory=dict)  # by the stage's first sample
     lines: int = 0
     last_step: int = -1
-    skipped: int = 0
+    length: int = 0  # tokens of a window, at the line before
 
 
 def check_log(history: History) -> Iterator[Finding]:
@@ -44,11 +46,11 @@ def check_log(history: History) -> Iterator[Finding]:
     mixture, first = history.mixture, history.launches[0].step if history.launches else 0
     due = _due_lines(history.launches)
     begin = mixture.stages[0].start
-    reading = Reading(history, new_count(mixture), due, next(due, None), begin, None)
+    reading = Reading(history, new_count(mixture), due, next(due, None), sorted(history.skipped), begin, None)
     _advance(reading, max(begin, mixture.samples_of_step(first).start))
     # A branch's first line has losses of steps that its trunk took.
     reading.before = None if first else reading.counted.windows.copy()
-    problems: list[str] = []
+    problems = [] if history.launches else [f"{METRICS}: has no launch of this run"]
     validations: list[tuple[int, dict[str, Any]]] = []
     for line, values in read_lines(history.folder) if history.launches else ():
         if values is None:
@@ -110,11 +112,10 @@ def _train_line(reading: Reading, line: int, values: Mapping[str, Any]) -> Itera
     if out_of_order:
         yield f"step {step}: is doubled, out of order, or not of launch {launch.name}"
         return
-    reading.lines, reading.last_step = reading.lines + 1, step
     end = history.mixture.samples_of_step(step - 1).stop
     _advance(reading, end)
     yield from _wrong_numbers(reading, launch, values, end, whole=whole)
-    reading.before = reading.counted.windows.copy()
+    reading.lines, reading.last_step, reading.before = reading.lines + 1, step, reading.counted.windows.copy()
 
 
 def _steps(steps: list[int]) -> str:
@@ -148,7 +149,13 @@ def _wrong_numbers(
     loss = values.get("loss")
     if isinstance(loss, float) and values.get("perplexity") not in (None, perplexity(loss)):
         yield f"step {step}: perplexity is {values['perplexity']}, that of loss {loss} is {perplexity(loss)}"
-    if whole and reading.before is not None and not values.get("skipped") and not values.get("overflows"):
+    same_windows, reading.length = reading.length in (0, stage.sequence_length), stage.sequence_length
+    if not whole or reading.before is None:
+        return
+    skipped = bisect_right(reading.skipped, step) - bisect_right(reading.skipped, reading.last_step)
+    if values.get("skipped") != skipped:
+        yield f"step {step}: {values.get('skipped')} updates were left out, by the events {skipped}"
+    if not skipped and not values.get("overflows") and same_windows:
         yield from (f"step {step}: {problem}" for problem in _wrong_loss(reading, values))
 
 
@@ -180,13 +187,17 @@ def _wrong_loss(reading: Reading, values: Mapping[str, Any]) -> Iterator[str]:
     """The loss is the mean of the sources' losses over the windows that were drawn since the line before."""
     assert reading.before is not None
     drawn = dict(zip(reading.history.mixture.names, (reading.counted.windows - reading.before).tolist()))
-    losses = {name: source.get("loss") for name, source in values["sources"].items()}
+    losses = {name: _number(source.get("loss")) for name, source in values["sources"].items()}
     if any((losses.get(name) is None) != (not rows) for name, rows in drawn.items() if name in losses or rows):
         yield "has losses of other sources than those drawn since the line before"
         return
-    total = sum(losses[name] * rows for name, rows in drawn.items() if rows) / max(sum(drawn.values()), 1)
+    total = sum((losses[name] or 0.0) * rows for name, rows in drawn.items() if rows) / max(sum(drawn.values()), 1)
     if not isinstance(values.get("loss"), float) or not math.isclose(values["loss"], total, rel_tol=CLOSE):
         yield f"loss is {values.get('loss')}, the sources' losses and windows make {total}"
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, float) else None
 
 
 def _missing_validations(history: History, there: set[int]) -> Iterator[str]:
@@ -215,12 +226,15 @@ def _validations(history: History, lines: list[tuple[int, dict[str, Any]]]) -> I
         elif launch and every and step % every and step != launch.total_steps:
             yield f"{place}: no validation belongs here, one comes every {every} steps"
         last = max(last, step)
-        weights, losses = values.get("weights", {}), values.get("sources", {})
+        weights, losses = values.get("weights"), values.get("sources")
+        if not isinstance(weights, dict) or not isinstance(losses, dict):
+            yield f"{place}: has no weights or no sources"
+            continue
         if any(weights.get(name) != shares.get(name, 0.0) for name in losses):
             yield f"{place}: weights are not the shares that the run began with"
             continue
         total = sum(weights.values())
-        mean = sum(weights[name] * (loss or 0.0) for name, loss in losses.items()) / total if total else math.nan
+        mean = sum(weights[name] * (_number(loss) or 0.0) for name, loss in losses.items()) / (total or math.nan)
         if isinstance(loss := values.get("loss"), float) and not math.isclose(loss, mean, rel_tol=CLOSE):
             yield f"{place}: loss is {loss}, the sources' losses make {mean}"
         if isinstance(loss, float) and values.get("perplexity") not in (None, perplexity(loss)):

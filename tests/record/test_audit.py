@@ -234,6 +234,19 @@ LIES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         'step 24: source "dialogos": epoch is',
     ),
     "a loss": (lambda run, corpus: edit_line(run, 24, raise_loss), "the sources' losses and windows make"),
+    "an update left out": (
+        lambda run, corpus: edit_line(run, 24, lambda values: values.update(skipped=1, loss=1.0, perplexity=None)),
+        "step 24: 1 updates were left out, by the events 0",
+    ),
+    "a loss that is a word": (
+        lambda run, corpus: edit_line(run, 24, lambda values: values["sources"]["dialogos"].update(loss="7")),
+        "has losses of other sources than those drawn since the line before",
+    ),
+    "the log": (lambda run, corpus: (run / "metrics.jsonl").write_text(""), "metrics.jsonl: has no launch of this run"),
+    "the start's mixture": (
+        lambda run, corpus: edit_json(run / "mixture.json", lambda values: values["mixture"].update(stages=[])),
+        "mixture.json: has no stages or no batches",
+    ),
     "a perplexity": (
         lambda run, corpus: edit_line(run, 24, lambda values: values.update(perplexity=2.0)),
         "step 24: perplexity is 2.0, that of loss",
