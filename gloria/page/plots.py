@@ -49,7 +49,9 @@ class Plot:
 
 def sources_of(record: Record) -> list[str]:
     """The run's sources, the greatest asked share first."""
-    found = list(dict.fromkeys(s for table in (record.train, record.valid) for _, s in table.columns if s))
+    found = list(
+        dict.fromkeys(s for table in (record.train, record.valid) for key, s in table.columns if s and key == "loss")
+    )
     asked = {name: value.get("asked") or 0.0 for name, value in (record.last.get("sources") or {}).items()}
     return sorted(found, key=lambda name: -asked.get(name, 0.0))
 
@@ -93,12 +95,13 @@ def _of_log(records: Sequence[Record]) -> Iterator[Plot]:
         ]
 
     names = list(dict.fromkeys(name for record in records for name in sources_of(record)))
+    texts = dict.fromkeys(s for record in records for key, s in record.valid.columns if key == "text_loss")
 
     def by_source(which: str, key: str, dash: int = SOLID, suffix: str = "", **style: Any) -> list[Curve]:
         return [
             curve
             for run, record in enumerate(records)
-            for color, name in enumerate(names)
+            for color, name in enumerate(texts if key.startswith("text_") else names)
             for curve in _curve(
                 getattr(record, which),
                 (key, name),
@@ -119,6 +122,11 @@ def _of_log(records: Sequence[Record]) -> Iterator[Plot]:
     yield Plot("valid-loss-by-source", "Loss", "Validation loss by source", "nats a token", "clip", valid)
     bits = by_source("valid", "bits_per_byte", points=True)
     yield Plot("bits-per-byte-by-source", "Loss", "Validation by source", "bits per byte of text", "clip", bits)
+
+    held = by_source("valid", "text_loss", points=True)
+    yield Plot("text-loss", "Loss", "Loss on texts that are no source", "nats a token", "clip", held)
+    held = by_source("valid", "text_bits_per_byte", points=True)
+    yield Plot("text-bits", "Loss", "Bits per byte of texts that are no source", "bits per byte", "clip", held)
 
     yield Plot("lr", "Optimisation", "Learning rate", "", "zero", one("lr"))
     norm = one("grad_norm", smooth=True)

@@ -23,6 +23,7 @@ from gloria.page.thin import Key, Table
 LOG, SCORES, SAMPLES, RESULTS, START = "metrics.jsonl", "scores.jsonl", "samples.jsonl", "results.json", "mixture.json"
 ROWS = 1000  # most buckets of a log: two rows each, about as many as a wide screen has columns
 VALUES = 120_000  # most of all buckets and columns of a page: 7 bytes each, twice, with means beside some
+_NAMES = {"sources": "loss", "source_bits_per_byte": "bits_per_byte"}  # of the valid lines, each value of a source
 MOST_EVENTS = 2000  # of one kind; a page of 3 MB holds a few kinds of them
 _UNSAID = {"kind", "step", "time", "event", "recipe", "versions", "hardware", "ancestors"}  # in the text of an event
 
@@ -147,15 +148,19 @@ def _read_log(record: Record, runs: int) -> None:
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[Key, float]:
-    """The numbers of a line by (name, source). `sources` has a loss (valid) or several values (train) of each."""
+    """The numbers of a line by (name, source). `sources` has a loss (valid) or several values (train) of each.
+
+    Values of the texts that are no source, `texts`, get the names text_loss and so on.
+    """
     found: dict[Key, float] = {}
     for key, value in line.items():
         if key not in ("step", "time") and _is_number(value):
             found[key, ""] = value
         elif isinstance(value, Mapping) and key not in ("weights", "note"):
             for source, item in value.items():
-                inner = item if isinstance(item, Mapping) else {"loss" if key == "sources" else key: item}
-                found.update({(name, source): v for name, v in inner.items() if _is_number(v)})
+                inner = item if isinstance(item, Mapping) else {_NAMES.get(key, key): item}
+                prefix = "text_" if key == "texts" else ""
+                found.update({(prefix + name, source): v for name, v in inner.items() if _is_number(v)})
     if seconds := found.get(("step_s", "")):
         found["data_share", ""] = 100 * found.get(("data_s", ""), 0.0) / seconds
     return found

@@ -38,7 +38,7 @@ from gloria.optim import schedules
 from gloria.optim.optimizers import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
 from gloria.train.branch import BranchSection, branch_problems, require_trunk
-from gloria.train.metrics import LogConfig
+from gloria.train.metrics import LogConfig, log_problems
 from gloria.train.sections import (
     Recipe,
     RunSection,
@@ -228,6 +228,7 @@ def _contradictions(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[
     if problem := batch_problem(train.global_batch, train.micro_batch, world):
         yield ("train.micro_batch", "train.global_batch"), problem
     yield from replica_problems(config.dist.replicas, world)
+    yield from log_problems(config.log)
     yield from schedules.problems(config.schedule, train.steps if train.epochs is None else None)
     if config.valid.paths and not config.valid.every:
         yield ("valid.paths", "valid.every"), "is never read, for valid.every is 0; set that to a number of steps"

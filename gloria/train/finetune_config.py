@@ -18,7 +18,7 @@ from gloria.optim import schedules
 from gloria.optim.optimizers import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
 from gloria.tasks.catalog import TASKS
-from gloria.train.metrics import LogConfig
+from gloria.train.metrics import LogConfig, log_problems
 from gloria.train.sections import Recipe, RunSection, StepSection, length_problems, range_problems, replica_problems
 
 DEMO_MODEL = "models/demo"
@@ -134,6 +134,9 @@ def _contradictions(config: FinetuneConfig) -> Iterator[tuple[tuple[str, ...], s
     yield from length_problems(train)
     if train.lora_rank is not None and config.optim.name == "muon":
         yield ("train.lora_rank", "optim.name"), "muon updates whole matrices, and LoRA trains factors; choose adamw"
+    yield from log_problems(config.log)
+    if config.log.samples_every:
+        yield ("log.samples_every",), "a fine-tuning has no text to continue; leave it out"
     if train.stride >= train.max_length:
         yield (
             ("train.stride", "train.max_length"),

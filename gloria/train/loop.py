@@ -42,6 +42,7 @@ from gloria.train.garbage import collect_by_itself, collect_garbage
 from gloria.train.meter import peak_memory
 from gloria.train.profile import end_trace, trace_steps
 from gloria.train.run import SKIPS, TAKEN_OVER, UNSAVED, Run, close_run, flags_of, trainer_state
+from gloria.train.samples import write_samples
 
 
 class StepBatch(NamedTuple):
@@ -110,11 +111,14 @@ def take_steps(run: Run) -> str:
         collect_garbage(run.step - run.first_step)
 
         save_due = run.step % save_every == 0
-        if (run.evaluation_due or save_due or stop or run.step == run.total_steps) and stop not in UNSAVED:
+        due = run.evaluation_due or run.samples_due or save_due or run.step == run.total_steps
+        if (due or stop) and stop not in UNSAVED:
             stop = finish_step(run, pending) or stop
             pending = None
         if run.evaluation_due and not stop:
             stop = objective.evaluate(run)
+        if run.samples_due and not stop:
+            write_samples(run)
         if save_due and stop not in UNSAVED:
             save(run, asynchronous=run.config.checkpoint.asynchronous)
     return stop

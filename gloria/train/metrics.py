@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -29,6 +30,9 @@ from typing import Any, BinaryIO, TextIO
 from gloria.config.cli import option
 from gloria.errors import UserError, write_line
 from gloria.files import json_line, open_plain, parse_json_object, whole_file
+from gloria.train.tracker import TRACKERS, Tracker, open_tracker, tracker_problem
+
+SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,29 @@ class LogConfig:
 
     every: int = option(10, "steps between two lines of the log", minimum=1)
     tensorboard: bool = option(True, "also write TensorBoard events, under DIR/tensorboard")
+    tracker: str = option(
+        "none",
+        "also give the values to an experiment tracker, offline, under DIR (WANDB_MODE decides)",
+        choices=TRACKERS,
+    )
+    samples_every: int = option(
+        0, "steps between two samples of text, in DIR/samples.jsonl; 0: none. Pre-training only", minimum=0
+    )
+    prompts: tuple[str, ...] = option(
+        ("",), "what the samples continue; an empty one begins a document. Few: all ranks compute all of them"
+    )
+    sample_tokens: int = option(48, "tokens of a sample; each takes one forward pass of all ranks", minimum=1)
+    sample_temperature: float = option(
+        0.8, "0 takes the likeliest token, more gives more variety; the same seed at each sample", minimum=0
+    )
+
+
+def log_problems(log: LogConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A problem where the tracker is not installed, or there is nothing to continue."""
+    if problem := tracker_problem(log.tracker):
+        yield ("log.tracker",), problem
+    if log.samples_every and not log.prompts:
+        yield ("log.prompts", "log.samples_every"), 'there is none to continue; give one, such as [""]'
 
 
 def perplexity(loss: float) -> float:
@@ -112,6 +139,8 @@ class RunLog:
     console: TextIO
     board: Any = None  # TensorBoard's SummaryWriter
     bar: Any = None  # tqdm, on a terminal
+    tracker: Tracker | None = None
+    samples: Path | None = None  # the file of `sample`
     lines: int = 0
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
@@ -151,11 +180,37 @@ class RunLog:
         self._print(shown)
         self._write("event", step, {"event": event, **fields})
 
-    def card(self, group: str, step: int, values: Mapping[str, Any]) -> None:
-        """The numbers among `values` for TensorBoard, under `group`."""
+    def sample(self, step: int, number: int, prompt: str, text: str) -> None:
+        """What the model writes behind prompt `number` after `step` steps: on the console its beginning."""
+        shown = " ".join(f"{prompt}|{text}".split())
+        self._print(textwrap.shorten(f"sample at step {step}: {shown}", 160, placeholder=" ..."))
+        assert self.samples
+        line = {"kind": "sample", "step": step, "prompt": prompt, "text": text, "time": round(time.time(), 3)}
+        with open(open_plain(self.samples, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as file:
+            file.write(json_line(line))
         if self.board is not None:
-            for name, value in _scalars(values):
+            # Two spaces and a line end are a line end in Markdown.
+            self.board.add_text(f"samples/{number}", f"**{prompt}**{text}".replace("\n", "  \n"), step)
+
+    def card(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        """The numbers among `values` for TensorBoard and the tracker, under `group`."""
+        if self.board is not None:
+            for name, value in _scalars(values, _NO_CARD):
                 self.board.add_scalar(f"{group}/{name}", value, step)
+        if self.tracker is not None:
+            self.tracker.log({f"{group}/{name}": value for name, value in _scalars(values)}, step)
+
+    def group_sources(self, names: Sequence[str]) -> None:
+        """One chart of all sources for each of their values, in TensorBoard's custom scalars."""
+        if self.board is None:
+            return
+        charts = {"validation loss": "valid/sources/{}", "training loss": "train/sources/{}/loss"}
+        charts["share"] = "train/sources/{}/share"
+        layout = {
+            title: ["Multiline", [f"^{re.escape(tag.format(n))}$" for n in names]] for title, tag in charts.items()
+        }
+        whole = {"loss": ["Multiline", ["^train/loss$", "^valid/loss$"]]}
+        self.board.add_custom_scalars({"sources": layout, "all": whole})
 
     def progress(self, step: int) -> None:
         """Move the progress bar, where there is one, to `step`."""
@@ -175,6 +230,8 @@ class RunLog:
             self.board.close()
         if self.bar is not None:
             self.bar.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def _print(self, line: str) -> None:
         # tqdm.write would not clear the bar here: it looks for one on sys.stderr, where the rank's log is.
@@ -219,7 +276,10 @@ def open_log(
         if torn:
             shown += f"; {torn} damaged lines are taken out of {path.name}"
     descriptor = open_plain(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    log = RunLog(file=os.fdopen(descriptor, "ab", buffering=0), console=console)
+    log = RunLog(file=os.fdopen(descriptor, "ab", buffering=0), console=console, samples=folder / SAMPLES)
+    if os.path.lexists(folder / SAMPLES):
+        _take_out_later_lines(folder / SAMPLES, step, step)
+    log.tracker = open_tracker(config.tracker, folder, fields.get("recipe", {}))
     if config.tensorboard:
         log.board = _open_tensorboard(folder / "tensorboard", step if existed else None)
     if console.isatty():
@@ -269,11 +329,13 @@ def _open_tensorboard(folder: Path, resumed: int | None) -> Any:
     return SummaryWriter(str(folder), purge_step=resumed + 1 if resumed else resumed)
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _scalars(
+    values: Mapping[str, Any], left_out: Collection[str] = (), prefix: str = ""
+) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
-        if key in _NO_CARD:
+        if key in left_out:
             continue
         if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
+            yield from _scalars(value, left_out, f"{prefix}{key}/")
         elif isinstance(value, int | float) and math.isfinite(value):
             yield f"{prefix}{key}", value

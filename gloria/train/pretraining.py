@@ -52,6 +52,7 @@ from gloria.train.run import (
     prepare_folder,
     require_same_recipe,
 )
+from gloria.train.samples import encode_prompts
 from gloria.train.sections import parse_range
 from gloria.train.summary import describe
 from gloria.train.texts import Texts, read_all_texts
@@ -67,6 +68,7 @@ class Pretraining:
     loader: Loader
     validation: Validation
     bytes_per_token: Mapping[str, float]  # of sources whose text was counted; see `train.metrics.bits_per_byte`
+    prompts: list[list[int]]  # of the samples of text
     peak: float | None  # FLOP/s of a rank's card, where it is known
 
     @property
@@ -191,6 +193,7 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             loader=_loader(config, plan.corpus, plan.mixture, process),
             validation=Validation(0),
             bytes_per_token=bytes_per_token(plan.corpus, "train"),
+            prompts=on_all_ranks(process, lambda: encode_prompts(config.log, plan.corpus, plan.shape.max_positions)),
             peak=peak_flops(card, precision) if card else None,
         )
         run = Run(
@@ -230,6 +233,8 @@ def open_pretraining(config: PretrainConfig, plan: RunPlan, process: Process) ->
             for warning in (*plan.warnings, *advice_on(config, plan, process, precision, gathered)):
                 warn(warning)
         begin_log(run, changes)
+        if run.log:
+            run.log.group_sources(objective.groups)
     return run
 
 

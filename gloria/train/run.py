@@ -136,6 +136,12 @@ class Run:
         here = bool(every) and (self.step % every == 0 or self.step == self.total_steps)
         return here and self.evaluated_step != self.step
 
+    @property
+    def samples_due(self) -> bool:
+        """Whether samples of text belong after the step that was taken last."""
+        every = self.config.log.samples_every
+        return bool(every) and self.step % every == 0
+
 
 @contextmanager
 def opening(config: Any, process: Process) -> Iterator[Watchdog]:
