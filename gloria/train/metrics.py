@@ -10,6 +10,7 @@ A line of `metrics.jsonl` is a JSON object with kind, step and time (seconds sin
     event   event: start, resume, changed, checkpoint, skipped, done, ...; start and resume of a branch have
             ancestors: [{run, step}, ...], the nearest first
 
+`samples.jsonl` has a line for each prompt that is continued: kind ("sample"), step, prompt, text, time.
 `bits_per_byte` is null where bytes were not counted; see the function of that name. Imports torch for TensorBoard
 alone, and only where that is on.
 """

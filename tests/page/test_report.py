@@ -37,6 +37,8 @@ def write_run(folder: Path, lines: int = 60, *, tail: str = "", rate: float = 1e
         found.append({"kind": "train", "step": 10 * number, **values, "time": float(number)})
         if number % 20 == 0:
             valid = {"loss": loss, "perplexity": 9.0, "sources": {"wiki": loss, EVIL: loss}, "weights": {"wiki": 1.0}}
+            valid |= {"bits_per_byte": 1.0, "source_bits_per_byte": {"wiki": 1.0, EVIL: 1.1}}
+            valid["texts"] = {"novel": {"loss": 3.0, "perplexity": 20.1, "bits_per_byte": 1.2}}
             found.append({"kind": "valid", "step": 10 * number, **valid, "time": float(number)})
             found.append({"kind": "event", "step": 10 * number, "event": "checkpoint", "time": float(number)})
     found.append({"kind": "event", "step": 200, "event": "resume", "ranks": 4, "time": 70.0, **about})
@@ -54,7 +56,7 @@ def write_run(folder: Path, lines: int = 60, *, tail: str = "", rate: float = 1e
 def test_a_report_of_two_runs_has_all_that_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", rate=2e-3)]
     assert report.main([*map(str, runs), "--out", str(tmp_path / "x.html")]) == 0
-    assert "x.html: 13 plots of 140 lines" in capsys.readouterr().out
+    assert "x.html: 17 plots of 140 lines" in capsys.readouterr().out
     text = (tmp_path / "x.html").read_text()
     assert text.count("<script") == 3, "the run's text has opened none"
     assert "<img" not in text
@@ -67,6 +69,8 @@ def test_a_report_of_two_runs_has_all_that_they_hold(tmp_path: Path, capsys: pyt
     assert kinds == {"start", "resume, other ranks", "re-weighted", "skipped", "checkpoint"}
     (loss,) = [curve for curve in drawn["plots"]["loss"]["curves"] if curve["label"] == "b train"]
     assert max(loss["y"]) == 90
+    (text,) = [curve for curve in drawn["plots"]["text-bits"]["curves"] if curve["run"] == 0]
+    assert (text["label"], text["y"]) == ("a novel", [1.2, 1.2, 1.2])
 
 
 def test_a_run_under_way_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_tracker_has_the_names_of_the_log_and_its_failure_is_said_once(
     values = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 10, "step_s": 1.0, "data_s": 0.0, "memory": 1}
     for step in (10, 30, 40):
         log.train(step, values | {"tokens_per_s": 10.0, "tflops": 1.0, "sources": {"wiki": {"loss": float("nan")}}})
-    log.valid(40, 2.5, {"wiki": 2.5}, {"wiki": 1.0})
+    log.valid(40, {"loss": 2.5, "perplexity": 12.2, "sources": {"wiki": 2.5}, "weights": {"wiki": 1.0}})
     log.close()
     about, (step, logged) = fake.calls  # nothing after the failure
     assert (about["project"], about["name"], about["config"]) == ("gloria", "run", {"optim": {"lr": 0.1}})
@@ -68,7 +68,7 @@ def test_a_tracker_that_cannot_begin_is_said_and_the_run_goes_on(
 
     fake.init = init
     log = open_log(tmp_path, 0, 100, LogConfig(tensorboard=False, tracker=fake.__name__), io.StringIO())
-    log.valid(10, 2.5, {}, {})
+    log.valid(10, {"loss": 2.5, "perplexity": 12.2, "sources": {}, "weights": {}})
     log.close()
     assert capsys.readouterr().err.count("has failed (RuntimeError: full)") == 1
     assert fake.calls == []
@@ -86,8 +86,8 @@ def test_a_tracker_that_is_missing_and_samples_without_text_are_errors_before_th
         '--log.prompts: there is none to continue; give one, such as [""]',
     )
     with pytest.raises(UserError) as caught:
-        read_finetune_config(["--task", "rte", "--log.samples_every", "5"])
-    assert caught.value.problems == ("--log.samples-every: a fine-tuning has no text to continue; leave it out",)
+        read_finetune_config(["--task", "rte", "--run.dir", "x", "--log.samples_every", "5"])
+    assert caught.value.problems == ("--log.samples_every: a fine-tuning has no text to continue; leave it out",)
 
 
 @pytest.fixture
