@@ -63,12 +63,13 @@ def finetuned_card(facts: CardFacts, results: Mapping[str, Any], task: str, head
     name = facts.name or name
     records, recipe = results.get("results", []), results.get("recipe")
     pipeline = "question-answering" if "QuestionAnswering" in head else "text-classification"
-    based = results.get("from", UNKNOWN)
+    chosen = results.get("chosen") or {}
+    based = _portable(results.get("from", UNKNOWN))
     text = [
         f"# {name}",
         f"A model fine-tuned on the task {task} with GlórIA, as `{head}`.",
         _usage(head, f'pipeline("{pipeline}", "FOLDER")'),
-        "## 1. General information",
+        "## General information",
         _table(
             ("Provider", ", ".join(facts.authors) or UNKNOWN),
             ("Contact", facts.contact or UNKNOWN),
@@ -76,8 +77,8 @@ def finetuned_card(facts: CardFacts, results: Mapping[str, Any], task: str, head
             ("Licence", facts.licence or UNKNOWN),
             ("Languages", ", ".join(facts.language) or UNKNOWN),
         ),
-        "## 2. Training",
-        f"Seed {results.get('seed', UNKNOWN)}; the best evaluation: {results.get('chosen', UNKNOWN)}.",
+        "## Training",
+        f"Seed {results.get('seed', UNKNOWN)}; chosen at step {chosen.get('step', UNKNOWN)} by its development score.",
         _recipe(recipe),
         *_scores(records),
         *_closing(facts, ""),
@@ -229,7 +230,7 @@ def _training(run: RunFacts, shape: TransformerConfig) -> Iterator[str]:
         ", ".join(f"{name} {version}" for name, version in launch.about.get("versions", {}).items())
         for launch in run.launches
     )
-    yield "## 4. Training"
+    yield "## Training"
     spent = f"{run.seconds / 3600:.2f} hours in steps, {run.rank_seconds / 3600:.2f} rank hours"
     yield _table(
         ("Steps", f"{run.step:,}; at the end of {train.get('global_batch', UNKNOWN)} windows of {length} tokens"),
@@ -248,15 +249,20 @@ def _training(run: RunFacts, shape: TransformerConfig) -> Iterator[str]:
 def _recipe(recipe: Mapping[str, Any] | None) -> str:
     if not recipe:
         return f"Recipe: {UNKNOWN}."
-    shown = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
-    for section, key in (("run", "dir"), ("data", "corpus")):  # where folders lie is the machine's own
-        if place := shown.get(section, {}).get(key):
-            shown[section][key] = Path(place).name
-    return f"<details><summary>The recipe</summary>\n\n```toml\n{write_toml(shown).strip()}\n```\n\n</details>"
+    return (
+        f"<details><summary>The recipe</summary>\n\n```toml\n{write_toml(_portable(recipe)).strip()}\n```\n\n</details>"
+    )
+
+
+def _portable(value: Any) -> Any:
+    """A recipe without the folders of the machine it ran on: of an absolute path its last part."""
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "## 5. Scores"
+    yield "## Scores"
     rows = [
         f"| {record['task']} | {record['split']} | {metric} | {score['value']:.4f} | {_interval(score) or '-'} | "
         f"{score['n']:,} | {_protocol(record)} |"
@@ -282,13 +288,13 @@ def _protocol(record: Mapping[str, Any]) -> str:
 
 
 def _closing(facts: CardFacts, proof: str) -> Iterator[str]:
-    yield "## 6. Limits"
+    yield "## Limits"
     yield facts.limits or (
         f"Known faults: {UNKNOWN}. A language model continues text as its sources would: what it writes may be false, "
         "and may hold their prejudices or pieces of them."
     )
     if proof:
-        yield "## 7. Proof"
+        yield "## Proof"
         yield f"With the run's folder and its corpus, `{proof}` checks what is said here of data and steps."
     yield "## Citation"
     yield "\n\n".join(f"```bibtex\n{entry.strip()}\n```" for entry in (facts.citation, GLORIA) if entry)
