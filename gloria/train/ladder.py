@@ -33,6 +33,7 @@ from gloria.train.metrics import perplexity, short_number
 SHARES = (1 / 64, 1 / 24, 1 / 8)  # of the large model's layers: about 2 % of its operations
 LARGEST_RATE = 1e-2
 HUBER = 1e-3  # log-loss beyond which a run counts as an outlier, as in arXiv 2203.15556
+MOST_MISFIT = 0.005  # of a loss; seeds make less
 MANY = 5  # runs that tell the two terms apart, if their tokens a parameter differ
 
 
@@ -90,6 +91,7 @@ class Prediction:
     half_width: float
     laws: tuple[Law, ...]
     terms_fitted: bool  # A and B apart, and not only their common scale
+    misfit: float  # the largest share by which a run is off the fit
 
 
 def layer_parameters(shape: TransformerConfig) -> int:
@@ -267,7 +269,9 @@ def predict(points: Sequence[Point], parameters: int, tokens: int) -> Prediction
     left_out = [mean_of([*points[:number], *points[number + 1 :]])[0] for number in range(len(points))]
     error = float(np.std(left_out)) * math.sqrt(len(points) - 1)
     spread = (max(by_exponents) - min(by_exponents)) / 2
-    return Prediction(loss, 2 * math.hypot(error, spread), laws, apart)
+    fitted = (sum(law.loss(point.parameters, point.tokens) for law in laws) / len(laws) for point in points)
+    misfit = max(abs(value / point.loss - 1) for value, point in zip(fitted, points))
+    return Prediction(loss, 2 * math.hypot(error, spread), laws, apart, misfit)
 
 
 def prediction_lines(shape: TransformerConfig, tokens: int, folders: Sequence[str]) -> Iterator[str]:
@@ -294,5 +298,10 @@ def prediction_lines(shape: TransformerConfig, tokens: int, folders: Sequence[st
         "interval     about 95 %: each run left out in turn, and the exponents of three papers; it knows nothing of "
         "repeated text, other data or a run that diverges"
     )
+    if found.misfit > MOST_MISFIT:
+        yield (
+            f"NOT A LAW    a run is {found.misfit:.1%} off the fit, which seeds do not make, so the interval does not "
+            "hold: runs too short (under some million tokens), rates that do not fit, or repeated text"
+        )
     anchors = ", ".join(f"{law.loss(parameters, tokens):.2f} ({law.source})" for law in PUBLISHED)
     yield f"published    of other text and tokenizers, for this size: {anchors}"

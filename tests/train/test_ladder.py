@@ -14,7 +14,7 @@ from gloria.errors import UserError, run_command
 from gloria.plan import main
 from gloria.pretrain import main as pretrain
 from gloria.train.config import read_pretrain_config
-from gloria.train.ladder import PUBLISHED, Law, Point, fit, layer_parameters, predict, propose, read_points
+from gloria.train.ladder import MOST_MISFIT, PUBLISHED, Law, Point, fit, layer_parameters, predict, propose, read_points
 from gloria.train.metrics import short_number
 from tests.conftest import REPOSITORY
 from tests.launch import SMALL, flags
@@ -49,6 +49,14 @@ def test_runs_held_back_lie_in_their_intervals():
         hits += abs(found.loss - law.loss(*SIZES[3])) <= found.half_width
         assert found.half_width < 0.25 * found.loss
     assert hits >= 27
+
+
+def test_runs_that_lie_on_no_law_are_reported():
+    """As those of models that have hardly begun to learn: each does better than the law of the two before it."""
+    losses = (5.87, 5.55, 4.98)
+    short = [Point("", int(n) // 100, int(d) // 400, loss) for (n, d), loss in zip(SIZES, losses)]
+    assert predict(short, 792_000, 3_960_000).misfit > MOST_MISFIT
+    assert predict(points_of(PUBLISHED[1])[:3], *map(int, SIZES[3])).misfit < MOST_MISFIT
 
 
 def test_many_runs_of_unlike_shapes_tell_the_terms_apart():
