@@ -178,7 +178,8 @@ def _kind_of_launch(name: str, line: Mapping[str, Any], ranks: object) -> str:
 
 def _kind_of_change(name: str, line: Mapping[str, Any]) -> str:
     what = str(line.get("what", "")) if name == "changed" else ""
-    return "re-weighted" if what.startswith("data.weights") else name
+    kinds = {"data.weights": "re-weighted", "data.skip_samples": "samples left out"}
+    return kinds.get(what.partition(":")[0], name)
 
 
 def _text(line: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ function short(v) {
     const scaled = size === 1e4 ? 1e3 : size;
     if (a >= size) return Number((v / scaled).toPrecision(4)) + letter;
   }
-  return a && a < 1e-3 ? v.toExponential(2).replace("e-", "e−") : String(Number(v.toPrecision(4)));
+  return a && a < 1e-3 ? v.toExponential(2).replace(/\.?0+e/, "e").replace("e-", "e−") : String(Number(v.toPrecision(4)));
 }
 
 // Steps as tokens of their run, where the page shows tokens: straight lines between the lines of the log.
@@ -72,6 +72,12 @@ function visibleRange(u, plot) {
   return [low - pad, high + (0.05 * (high - low) || pad || 1), above, most];
 }
 
+// From 0 to the last step of all runs: every plot has the same axis.
+function span() {
+  const ends = DATA.runs.flatMap((run, n) => run.steps.length ? abscissa(n, [run.steps.at(-1)]) : []);
+  return [0, Math.max(...ends, 0)].filter((x, n) => !n || x > 0);
+}
+
 function columns(plot) {
   const amount = Number(option("smooth").value) / 100, tables = [], series = [];
   plot.curves.forEach(curve => {
@@ -90,7 +96,8 @@ function columns(plot) {
       }});
     tables.push(table);
   });
-  const data = tables.length ? uPlot.join(tables) : [[]];
+  tables.push([span()]);
+  const data = uPlot.join(tables);
   // Intervals, on the x of all curves together.
   let n = 0;
   plot.curves.forEach(curve => {
@@ -158,7 +165,7 @@ function nearest(u, n, i) {
 function axes(plot, labels) {
   const stroke = color("--soft"), grid = {stroke: color("--grid"), width: 1}, font = "12px system-ui, sans-serif";
   const y = labels
-    ? {size: 128, splits: () => labels.map((_, i) => i), values: () => labels}
+    ? {size: 150, splits: () => labels.map((_, i) => i), values: () => labels}
     : {size: 58, values: (u, ticks) => ticks.map(v => v == null ? "" : short(v))};
   return [{stroke, grid, ticks: grid, font, values: (u, ticks) => ticks.map(v => Number.isInteger(v) ? short(v) : "")},
     {stroke, grid, ticks: grid, font, scale: "y", ...y}];
@@ -194,12 +201,11 @@ function drawTimeline(figure) {
     const x = [...new Set(abscissa(group.run, group.steps))];
     return [x, x.map(() => kinds.indexOf(group.kind) + (DATA.runs.length > 1 ? 0.18 * (group.run - (DATA.runs.length - 1) / 2) / DATA.runs.length * 3 : 0))];
   });
-  const span = DATA.runs.flatMap((run, n) => run.steps.length ? abscissa(n, [0, run.steps.at(-1)]) : []);
-  tables.push([[...new Set(span)].sort((a, b) => a - b), [...new Set(span)].map(() => null)]);
+  tables.push([span()]);
   const tint = group => DATA.runs.length > 1 ? curveColor(group.run) : eventColor(group.kind);
   const opts = {
     width: holder.clientWidth, height: 60 + 26 * kinds.length,
-    series: [{label: xLabel()}, ...groups.map(group => ({label: group.kind, scale: "y", paths: () => null, stroke: tint(group), points: {show: true, size: 9, fill: tint(group)}})), {label: "", scale: "y", points: {show: false}}],
+    series: [{label: xLabel()}, ...groups.map(group => ({label: group.kind, scale: "y", paths: () => null, stroke: tint(group), points: {show: true, size: 9, fill: tint(group)}}))],
     scales: {x: {time: false}, y: {range: () => [-0.6, kinds.length - 0.4]}},
     axes: axes(null, kinds), legend: {show: false},
     cursor: {sync: {key: "step", setSeries: false}, y: false, drag: {x: true, y: false}},
