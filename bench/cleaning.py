@@ -5,21 +5,24 @@
 The two sources are those of which `gloria.refine` (preset fineweb2-por, near-duplicates over all) keeps the smallest
 share of documents. A tenth of each, by the hash of the text, is held out: it is refined, too, and documents of which a
 fifth of the runs of 13 words are in the raw training text are left out, so that no model has seen them. `--others` are
-sources that no model reads; refined, they are held out as well. Tokenizer, model (4 layers x 128), weights, windows,
-steps and seeds are the same for both texts. Bits per byte by `gloria.evaluate`; the spread is over the seeds.
+sources that no model reads; refined, they are held out as well. Tokenizer, model (GPT-Neo's 2 layers x 96), weights,
+windows, steps and seeds are the same for both texts. Bits per byte by `gloria.evaluate`; the spread is over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 import zstandard
@@ -37,6 +40,9 @@ HELD = 10  # one document in so many
 RUN_WORDS = 13
 MOST_SEEN = 0.2
 WINDOWS, LENGTH = 24, 128  # a step
+LAYERS, HIDDEN, VOCABULARY = 2, 96, 2048
+KINDS = ("raw", "refined")
+HELD_OUT = ("own", "others")
 
 
 def main() -> None:
@@ -65,25 +71,22 @@ def bench(folder: Path, corpus: Path, sources: Sequence[str], others: Sequence[s
     seen = {run for name in sources for text in texts_of(folder / "raw" / f"{name}.jsonl") for run in runs(text)}
     write(folder / "own.jsonl", [text for name in sources for text in unseen(refined[f"held-{name}"], seen)])
     write(folder / "others.jsonl", [text for name in others for text in unseen(refined[f"other-{name}"], seen)])
-    for name in ("own", "others"):
+    for name in HELD_OUT:
         texts = texts_of(folder / f"{name}.jsonl")
         print(f"held out, {name}: {len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e3:.0f} kB")
-    both = [
-        text for kind in ("raw", "refined") for name in sources for text in texts_of(folder / kind / f"{name}.jsonl")
-    ]
-    train_tokenizer(TokenizerConfig(vocab_size=4096), both, folder / "tokenizer")
-    for kind in ("raw", "refined"):
+    both = [text for kind in KINDS for name in sources for text in texts_of(folder / kind / f"{name}.jsonl")]
+    train_tokenizer(TokenizerConfig(vocab_size=VOCABULARY), both, folder / "tokenizer")
+    for kind in KINDS:
         prepare(folder, kind, sources, steps)
-    scores: dict[tuple[str, str], list[float]] = {}
-    for seed in SEEDS:
-        for kind in ("raw", "refined"):
-            begin = time.perf_counter()
-            train(folder, kind, seed, steps)
-            for held in ("own", "others"):
-                scores.setdefault((kind, held), []).append(score(folder, kind, seed, held))
-            found = ", ".join(f"{held} {scores[kind, held][-1]:.4f}" for held in ("own", "others"))
-            print(f"seed {seed}, {kind}: {found} bits per byte ({time.perf_counter() - begin:.0f} s)", flush=True)
-    for held in ("own", "others"):
+    runs_ = [Run(folder, kind, seed, steps) for seed in SEEDS for kind in KINDS]
+    scores: dict[tuple[str, str], list[float]] = {(kind, held): [] for kind in KINDS for held in HELD_OUT}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for run, found in zip(runs_, pool.imap(train_and_score, runs_)):
+            for held, value in found.items():
+                scores[run.kind, held].append(value)
+            shown = ", ".join(f"{held} {value:.4f}" for held, value in found.items())
+            print(f"seed {run.seed}, {run.kind}: {shown} bits per byte", flush=True)
+    for held in HELD_OUT:
         one, two = scores["raw", held], scores["refined", held]
         gains = [after - before for before, after in zip(one, two)]
         print(
@@ -147,25 +150,44 @@ def prepare(folder: Path, kind: str, sources: Sequence[str], steps: int) -> None
     print(f"{kind}: {', '.join(parts)}", flush=True)
 
 
-def train(folder: Path, kind: str, seed: int, steps: int) -> None:
+class Run(NamedTuple):
+    folder: Path
+    kind: str
+    seed: int
+    steps: int
+
+
+def train_and_score(run: Run) -> dict[str, float]:
+    """Bits per byte of each held-out text of a model trained on one core."""
+    import torch
+
+    from gloria import evaluate, pretrain
+
+    torch.set_num_threads(1)
+    place = run.folder / f"{run.kind}-{run.seed}"
     flags = {
-        "run.dir": folder / f"{kind}-{seed}",
-        "run.seed": seed,
-        "data.corpus": folder / f"{kind}-corpus",
-        "train.steps": steps,
-        "valid.every": steps,
-        "checkpoint.every": steps,
+        "config": REPOSITORY / "launch" / "demo.toml",
+        "model.num-layers": LAYERS,
+        "model.hidden-size": HIDDEN,
+        "run.dir": place,
+        "run.seed": run.seed,
+        "data.corpus": run.folder / f"{run.kind}-corpus",
+        "train.steps": run.steps,
+        "valid.every": 0,
+        "checkpoint.every": run.steps,
         "log.tensorboard": "false",
     }
-    arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    command("gloria.pretrain", "--config", str(REPOSITORY / "launch" / "demo.toml"), *arguments)
-
-
-def score(folder: Path, kind: str, seed: int, held: str) -> float:
-    out = folder / f"{kind}-{seed}-{held}"
-    model, data = str(folder / f"{kind}-{seed}"), str(folder / f"{held}.jsonl")
-    command("gloria.evaluate", "--task", "perplexity", "--model", model, "--data", data, "--out", str(out))
-    return json.loads((out / "results.json").read_text())["results"][0]["scores"]["bits_per_byte"]["value"]
+    found = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert pretrain.main([f"--{key}={value}" for key, value in flags.items()]) == 0
+        for held in HELD_OUT:
+            out = run.folder / f"{run.kind}-{run.seed}-{held}"
+            data = run.folder / f"{held}.jsonl"
+            given = ["--task=perplexity", f"--model={place}", f"--data={data}", f"--out={out}", f"--stride={LENGTH}"]
+            assert evaluate.main(given) == 0
+            (record,) = json.loads((out / "results.json").read_text())["results"]
+            found[held] = record["scores"]["bits_per_byte"]["value"]
+    return found
 
 
 def command(module: str, *arguments: str) -> str:

@@ -147,7 +147,7 @@ def read_options(argv: list[str] | None) -> EvaluateOptions:
         EvaluateOptions,
         argv,
         prog="python -m gloria.evaluate",
-        description=f"Score a model. Tasks: {', '.join(TASKS)}, {PERPLEXITY}.",
+        description=f"Score a model. Tasks: {', '.join(TASKS)}, {PERPLEXITY}, or a file of your own, FILE.toml.",
         recipe=False,
         check=_contradictions,
     ).config

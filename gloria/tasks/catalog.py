@@ -34,15 +34,18 @@ from gloria.tasks.metrics import (
     word_match,
     word_perplexity,
 )
+from gloria.tasks.own import is_own, read_own
 from gloria.tasks.prompts import ask_choice, ask_pair, ask_word
 from gloria.tasks.statistics import Measure
 from gloria.tasks.task import Family, Task, Template
 
 
 def find_task(name: str) -> Task:
-    """A task by its name. Raises `UserError` with the nearest name."""
+    """A task by its name, or by the file of one of the user's own. Raises `UserError` with the nearest name."""
+    if is_own(name):
+        return read_own(name)
     if name not in TASKS:
-        raise UserError(f"{name}: unknown task; {suggest(name, list(TASKS))}")
+        raise UserError(f"{name}: unknown task; {suggest(name, list(TASKS))} A task of your own is a file FILE.toml")
     return TASKS[name]
 
 

@@ -59,7 +59,9 @@ def default_folder(model: str, tasks: str) -> Path:
     path, here = Path(os.path.abspath(model)), Path.cwd()
     parts = path.relative_to(here).parts if path.is_relative_to(here) else path.parts[-2:]
     parts = parts[1:] if parts[0] in ("runs", "models") and len(parts) > 1 else parts
-    return Path("runs/evaluate", "-".join(parts).replace("/", ""), tasks.replace(",", "+"))
+    return Path(
+        "runs/evaluate", "-".join(parts).replace("/", ""), "+".join(Path(task).stem for task in tasks.split(","))
+    )
 
 
 def free_number(folder: Path, request: Mapping[str, Any]) -> int:

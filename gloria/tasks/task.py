@@ -47,6 +47,7 @@ class Task:
     templates: Mapping[str, Template] = field(default_factory=dict)  # target -> its prompt
     ask: Callable[[Task, Any, str], Any] | None = None  # (task, example, target) -> a Prompt; None: it has no prompt
     submission: str = ""  # the file of predictions; its ending stands for the official format
+    source: str = ""  # the file that says so of a task of the user's own; its folder holds the task's files
     hold_out: bool = False  # the dev set is what is reported, so a tenth of train chooses the checkpoint
 
     @property

@@ -17,7 +17,7 @@ from gloria.dist.environment import read_environment
 from gloria.optim import schedules
 from gloria.optim.optimizers import OptimConfig
 from gloria.optim.schedules import ScheduleConfig
-from gloria.tasks.catalog import TASKS
+from gloria.tasks.catalog import TASKS, find_task
 from gloria.train.metrics import LogConfig, log_problems
 from gloria.train.sections import Recipe, RunSection, StepSection, length_problems, range_problems, replica_problems
 
@@ -121,7 +121,9 @@ def _recipe_of(argv: Sequence[str]) -> str | None:
     """launch/finetune-TASK.toml, else finetune-FAMILY.toml of the task's family."""
     text = " ".join(argv)
     found = re.search(r"(?:^|\s)--task[=\s](\S+)", text)
-    for name in (found[1], TASKS[found[1]].family) if found and found[1] in TASKS else ():
+    if not found or not (found[1] in TASKS or Path(found[1]).is_file()):
+        return None
+    for name in (found[1], find_task(found[1]).family):
         path = RECIPES / f"finetune-{name}.toml"
         if path.is_file():
             return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -257,7 +257,7 @@ def _prepare(plan: Plan, seed: int) -> tuple[FinetunedModel, Encoded, str]:
         cut = f"train.max_length: {length} is more than the model sees; {loaded.max_length} it is"
         length = loaded.max_length
     inputs = Inputs(
-        task=plan.task.name,
+        task=plan.task.source or plan.task.name,
         labels=plan.task.labels,
         heads=heads,
         max_length=length,

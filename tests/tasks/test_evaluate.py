@@ -97,7 +97,7 @@ def test_batch_size_and_ranks_change_nothing(neo, data, tmp_path):
     one, many = predictions(tmp_path / "b1"), predictions(tmp_path / "b64")
     assert set(one) == set(many) == {
         "assin2-test", "exams-test", "calame-test-first-word", "calame-test-paper", "calame-test-gloria-script",
-        "calame-test-strict",
+        "calame-test-tucano",
         "calame-test-log-likelihood",
     }  # fmt: skip
     for name in one:
@@ -227,7 +227,7 @@ def test_results_of_another_model_or_request_are_never_replaced(neo, data, tmp_p
     ("flags", "line"),
     [
         (["--task=calme"], '--task: calme: unknown task; did you mean "calame"?'),
-        (["--task=assin2", "--rule=strict"], "--rule: no task of assin2 uses it; leave it out"),
+        (["--task=assin2", "--rule=tucano"], "--rule: no task of assin2 uses it; leave it out"),
         (["--task=calame", "--length=8"], "--length: no task of calame uses it; leave it out"),
         (["--task=calame", "--rule=papr"], '--rule: unknown rule papr; did you mean "paper"?'),
         (["--task=calame", "--batch=0"], "--batch: 0 is too small; give at least 1"),

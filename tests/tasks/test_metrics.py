@@ -53,8 +53,8 @@ def test_missing_predictions_are_wrong_in_every_family() -> None:
     logs = {"a": ChoicePrediction((-1.0, -2.0)), "b": ChoicePrediction()}
     assert values(score(TASKS["exams"], choices, logs)) == {"acc": 0.5, "acc_norm": 0.5}
     words = [LastWord("a", "c", "fim"), LastWord("b", "c", "fim")]
-    assert values(score(TASKS["calame"], words, {"a": WordPrediction("fim")}, rule="strict")) == {
-        "exact_match:strict": 0.5
+    assert values(score(TASKS["calame"], words, {"a": WordPrediction("fim")}, rule="tucano")) == {
+        "exact_match:tucano": 0.5
     }
 
 
@@ -81,9 +81,9 @@ def test_choices_are_scored_as_lm_eval_does() -> None:
 def test_rules_have_names() -> None:
     words = [LastWord("a", "c", "fim")]
     for task, rule, what in (
-        ("calame", "", "calame: needs a rule; known: first-word, paper, gloria-script, strict, log-likelihood"),
-        ("calame", "strikt", 'calame: unknown rule "strikt"; did you mean "strict"?'),
-        ("rte", "strict", 'rte: unknown rule "strict"; there are none'),
+        ("calame", "", "calame: needs a rule; known: first-word, paper, gloria-script, tucano, log-likelihood"),
+        ("calame", "tucanu", 'calame: unknown rule "tucanu"; did you mean "tucano"?'),
+        ("rte", "tucano", 'rte: unknown rule "tucano"; there are none'),
     ):
         with pytest.raises(UserError) as error:
             score(TASKS[task], words, {}, rule=rule)
@@ -105,7 +105,7 @@ def test_rules_have_names() -> None:
     ],
 )
 def test_golden_words(text: str, first: str, paper: str, strict: str) -> None:
-    assert [RULES[rule].word(text) for rule in ("first-word", "paper", "strict")] == [first, paper, strict]
+    assert [RULES[rule].word(text) for rule in ("first-word", "paper", "tucano")] == [first, paper, strict]
 
 
 def test_generation_stops_only_when_the_word_is_over() -> None:
@@ -115,8 +115,8 @@ def test_generation_stops_only_when_the_word_is_over() -> None:
     assert not rule.is_over(" «")
     assert rule.is_over(" coração ")
     assert rule.is_over(" coração.")
-    assert RULES["strict"].is_over(" guarda-chuva,\n")
-    assert not RULES["strict"].is_over(" guarda-chuva,")
+    assert RULES["tucano"].is_over(" guarda-chuva,\n")
+    assert not RULES["tucano"].is_over(" guarda-chuva,")
     assert not RULES["paper"].is_over(" coração. ")
 
 

@@ -177,6 +177,6 @@ def test_calame_is_scored_under_a_rule_with_a_name() -> None:
     assert {rule: list(scores) for rule, scores in values.items()} == {rule: [f"exact_match:{rule}"] for rule in RULES}
     assert [value.value for scores in values.values() for value in scores.values()] == [1.0, 1.0, 1.0, 0.0]
     assert (RULES["paper"].max_new_tokens, RULES["paper"].repetition_penalty) == (5, 2.0)
-    assert RULES["first-word"].repetition_penalty == RULES["strict"].repetition_penalty == 1.0
+    assert RULES["first-word"].repetition_penalty == RULES["tucano"].repetition_penalty == 1.0
     likely = score(TASKS["calame"], gold, {"0": WordPrediction(None, math.log(0.25), True)}, rule="log-likelihood")
     assert likely["perplexity:log-likelihood"].value == pytest.approx(4.0)

@@ -50,13 +50,13 @@ class Rule:
 
 # All greedy. "gloria-script" is GlórIA's run_calame_eval.py: 5 tokens (it ignores its flag), a penalty on repetition,
 # which forbids words of the context, and contexts as published (7 % of CALAME's end in a space); "paper" is the same on
-# stripped contexts; "first-word" compares alike and generates until the word ends; "strict" is what Tucano's harness
+# stripped contexts; "first-word" compares alike and generates until the word ends; "tucano" is what its harness
 # does: accents and case count.
 RULES = {
     "first-word": Rule(max_new_tokens=16),
     "paper": Rule(max_new_tokens=5, repetition_penalty=2.0, join_lines=True, stop=False),
     "gloria-script": Rule(max_new_tokens=5, repetition_penalty=2.0, join_lines=True, stop=False, strip=False),
-    "strict": Rule(max_new_tokens=10, pattern=r"\S+", drop=".,?!", fold=False),
+    "tucano": Rule(max_new_tokens=10, pattern=r"\S+", drop=".,?!", fold=False),
 }
 
 
