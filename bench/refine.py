@@ -75,7 +75,7 @@ def changed(text: str, aim: float, choose: random.Random) -> str:
 
 
 def nif(choose: random.Random, *, right: bool = True) -> str:
-    digits = [choose.choice((1, 2, 5)), *(choose.randrange(10) for _ in range(7))]
+    digits = [choose.choice((1, 5)), *(choose.randrange(10) for _ in range(7))]
     check = 11 - sum(digit * weight for digit, weight in zip(digits, range(9, 1, -1))) % 11
     return "".join(map(str, digits)) + str(((0 if check >= 10 else check) + (not right)) % 10)
 
@@ -148,8 +148,12 @@ def plant(real: list[str], hidden: list[str], choose: random.Random) -> dict[str
     }
     spam = [" ".join(choose.choices(SPAM, k=12)) * 12 for _ in range(300)]
     held = [f"{choose.choice(long)[:900]}\n{text}\n{choose.choice(long)[:900]}" for text in choose.sample(hidden, 100)]
+    sentences = [part for text in choose.sample(long, 200) for part in text.split(". ") if 60 < len(part) < 300]
     private = {
-        f"private-{kind}": [f"{choose.choice(long)[:1500]} {CONTACT} {spell(n, choose)}." for n in range(50)]
+        # Of sentences from anywhere, so that none is a near-duplicate of a real document.
+        f"private-{kind}": [
+            f"{' '.join(choose.choices(sentences, k=9))} {CONTACT} {spell(n, choose)}." for n in range(50)
+        ]
         for kind, spell in PRIVATE.items()
     }
     exact = choose.sample(long, 500)
@@ -181,6 +185,7 @@ def main() -> None:
         write_rows(flags.work / f"{name}.jsonl", texts)
         recipe += ["[[source]]", f'name = "{name}"', f'paths = ["{name}.jsonl"]']
         recipe += ['preset = "none"', 'limits = {language = "pt"}'] if name in FOREIGN else []
+        recipe += ['preset = "none"'] if name.startswith("private-") else []
     (flags.work / "corpus.toml").write_text("\n".join(recipe))
     start = time.process_time()
     out = flags.work / "out"

@@ -194,12 +194,13 @@ def test_personal_data_are_replaced_by_their_check_digits() -> None:
     replace = replace_private(PiiConfig(nif=True, iban=True, phone=True))
     found = document(
         "Rui (rui.sa@exemplo.pt, 8.8.8.8 e 192.168.1.1), NIF 123456789 e não 123456788, "
-        "IBAN PT50 0002 0123 1234 5678 9015 4, tel. +351 912 345 678; 2,912345678 e 1.234.567.890 euros."
+        "IBAN PT50 0002 0123 1234 5678 9015 4, tel. +351 912 345 678 ou 21 234 56 78; 2,912345678 e 1.234.567.890 "
+        "euros."
     )
     replace(found)
     assert found.text == (
         "Rui (<EMAIL>, <IP> e 192.168.1.1), NIF <NIF> e não 123456788, "
-        "IBAN <IBAN>, tel. <PHONE>; 2,912345678 e 1.234.567.890 euros."
+        "IBAN <IBAN>, tel. <PHONE> ou <PHONE>; 2,912345678 e 1.234.567.890 euros."
     )
     assert is_nif("123456789")
     assert is_iban("GB82 WEST 1234 5698 7654 32")
