@@ -45,7 +45,7 @@ def find_task(name: str) -> Task:
     if is_own(name):
         return read_own(name)
     if name not in TASKS:
-        raise UserError(f"{name}: unknown task; {suggest(name, list(TASKS))} A task of your own is a file FILE.toml")
+        raise UserError(f"{name}: unknown task; {suggest(name, list(TASKS))}")
     return TASKS[name]
 
 
