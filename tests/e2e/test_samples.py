@@ -4,6 +4,7 @@ or that stay in the folder after the run has gone back behind them."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ EVERY = {"log.samples_every": 4, "log.sample_tokens": 6, "log.prompts": '["A cor
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def undocumented(folder: Path) -> set[str]:
+    """Keys in the records of a run that docs/records.md does not name."""
+    named = re.findall(r"`(\w+)`", Path(__file__).parents[2].joinpath("docs/records.md").read_text("utf-8"))
+    found = [*lines(folder / "metrics.jsonl"), *lines(folder / "samples.jsonl")]
+    by_source = [values for line in found if line["kind"] == "train" for values in line["sources"].values()]
+    records = [*found, *by_source, json.loads((folder / "status.json").read_text())]
+    return {key for record in records for key in record} - set(named)
 
 
 def test_losses_are_the_same_with_and_without_samples(sample_corpus: Path, tmp_path: Path) -> None:
@@ -51,6 +61,8 @@ def test_losses_are_the_same_with_and_without_samples(sample_corpus: Path, tmp_p
     for tag in ("valid/sources/cartas", "train/sources/cartas/loss"):
         assert f"^{tag}$".encode() in layout
         assert tag in board.Tags()["scalars"]
+
+    assert not undocumented(tmp_path / "run")
 
     # Back to step 8, and on: what was written of step 12 is written once more, and once.
     launch.run(flags(sampled, run__dir=tmp_path / "run", run__resume=8), 2, tmp_path)
