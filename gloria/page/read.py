@@ -19,8 +19,11 @@ from gloria.dist.run_lock import STATUS, read_status
 from gloria.errors import UserError
 from gloria.files import open_plain, parse_json_object, read_bounded
 from gloria.page.thin import Key, Table
+from gloria.train.branch import START
+from gloria.train.metrics import METRICS as LOG
+from gloria.train.metrics import SAMPLES
 
-LOG, SCORES, SAMPLES, RESULTS, START = "metrics.jsonl", "scores.jsonl", "samples.jsonl", "results.json", "mixture.json"
+SCORES, RESULTS = "scores.jsonl", "results.json"
 ROWS = 1000  # most buckets of a log: two rows each, about as many as a wide screen has columns
 VALUES = 120_000  # most of all buckets and columns of a page: 7 bytes each, twice, with means beside some
 _NAMES = {"sources": "loss", "source_bits_per_byte": "bits_per_byte"}  # of the valid lines, each value of a source

@@ -17,8 +17,7 @@ from gloria.errors import UserError
 from gloria.files import open_plain, parse_json_object, read_bounded
 from gloria.optim.schedules import ScheduleConfig, learning_rate
 from gloria.train.branch import START, read_ancestors
-
-METRICS = "metrics.jsonl"
+from gloria.train.metrics import METRICS
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 from gloria.data.stages import Stage, ordinals_at, stage_at
 from gloria.record.checks import check_counts
 from gloria.record.findings import Finding, conclude
-from gloria.record.history import METRICS, History, Launch, read_lines
+from gloria.record.history import History, Launch, read_lines
 from gloria.record.ledger import Counted, add_draws, new_count, tokens_before
-from gloria.train.metrics import perplexity
+from gloria.train.metrics import METRICS, perplexity
 
 CLOSE = 1e-9  # relative: means of sums in float64, added up in another order here
 

@@ -13,14 +13,11 @@ from typing import Any
 from gloria.config.cli import suggest
 from gloria.errors import UserError
 from gloria.tasks.formats.choices import read_enem, read_exams, read_wsc
-from gloria.tasks.formats.lastword import LOG_LIKELIHOOD, RULES, read_last_words
+from gloria.tasks.formats.lastword import read_last_words
 from gloria.tasks.formats.pairs import read_assin, read_table
 from gloria.tasks.formats.spans import read_squad
 from gloria.tasks.metrics import (
-    PORTUGUESE,
     Answered,
-    acc,
-    acc_norm,
     accuracy,
     binary_f1,
     macro_f1,
@@ -30,11 +27,8 @@ from gloria.tasks.metrics import (
     span_metric,
     span_oracle,
     spearman,
-    word_greedy,
-    word_match,
-    word_perplexity,
 )
-from gloria.tasks.own import is_own, read_own
+from gloria.tasks.own import CHOICE, SPANS, WORDS, is_own, read_own
 from gloria.tasks.prompts import ask_choice, ask_pair, ask_word
 from gloria.tasks.statistics import Measure
 from gloria.tasks.task import Family, Task, Template
@@ -57,14 +51,7 @@ KIND = PREMISE + "A hipótese é inferida da premissa, é uma paráfrase dela, o
 SENTENCES = "Frase 1: {first}\nFrase 2: {second}\nPergunta: "
 SAME = SENTENCES + "As duas frases dizem o mesmo? Sim ou Não?\nResposta:"
 MOOD = "Frase: {first}\nPergunta: O sentimento da frase é positivo ou negativo?\nResposta:"
-WORDS = {f"exact_match:{rule}": word_match for rule in RULES}
-WORDS |= {f"accuracy:{LOG_LIKELIHOOD}": word_greedy, f"perplexity:{LOG_LIKELIHOOD}": word_perplexity}
-SQUAD1 = {
-    "exact_match": partial(span_metric, column=0),
-    "f1": partial(span_metric, column=1),
-    "exact_match_pt": partial(span_metric, column=0, articles=PORTUGUESE),
-    "f1_pt": partial(span_metric, column=1, articles=PORTUGUESE),
-}
+SQUAD1 = {name: SPANS[name] for name in ("exact_match", "f1", "exact_match_pt", "f1_pt")}
 SQUAD2 = SQUAD1 | {
     "has_answer_exact": partial(span_metric, column=0, has=True),
     "has_answer_f1": partial(span_metric, column=1, has=True),
@@ -73,7 +60,6 @@ SQUAD2 = SQUAD1 | {
     "best_f1_oracle": partial(span_oracle, column=1),
 }
 ACCURACY = {"accuracy": accuracy}
-CHOICE = {"acc": acc, "acc_norm": acc_norm}
 
 
 def _similar(low: int, high: int) -> Template:

@@ -63,15 +63,17 @@ class OwnTask:
 
 CLASSES = {"accuracy": accuracy, "macro_f1": macro_f1, "f1": binary_f1}
 SCORES = {"pearson": pearson, "spearman": spearman, "mse": mse}
+# Of published tasks and one's own alike (catalog.py).
 WORDS = {f"exact_match:{rule}": word_match for rule in RULES}
 WORDS |= {f"accuracy:{LOG_LIKELIHOOD}": word_greedy, f"perplexity:{LOG_LIKELIHOOD}": word_perplexity}
+CHOICE = {"acc": acc, "acc_norm": acc_norm}
 SPANS = {
     "f1": partial(span_metric, column=1),
     "exact_match": partial(span_metric, column=0),
     "f1_pt": partial(span_metric, column=1, articles=PORTUGUESE),
     "exact_match_pt": partial(span_metric, column=0, articles=PORTUGUESE),
 }
-METRICS: dict[str, dict[str, Any]] = {"span": SPANS, "last_word": WORDS, "choice": {"acc": acc, "acc_norm": acc_norm}}
+METRICS: dict[str, dict[str, Any]] = {"span": SPANS, "last_word": WORDS, "choice": CHOICE}
 FIELDS = {
     "pair": ("id", "first", "second", "label", "score"),
     "text": ("id", "text", "label", "score"),

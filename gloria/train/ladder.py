@@ -28,7 +28,7 @@ from gloria.errors import UserError, warn
 from gloria.files import open_plain, parse_json_object, read_bounded
 from gloria.model.config import TransformerConfig, count_parameters, flops_per_token, resolve_shape
 from gloria.train.config import PretrainConfig, located
-from gloria.train.metrics import perplexity, short_number
+from gloria.train.metrics import METRICS, perplexity, short_number
 
 SHARES = (1 / 64, 1 / 24, 1 / 8)  # of the large model's layers: about 2 % of its operations
 LARGEST_RATE = 1e-2
@@ -223,7 +223,7 @@ def _read_point(folder: Path) -> tuple[Point, Mapping[str, Any], Mapping[str, fl
         raise UserError(f"{folder}: holds no checkpoint, which has the model's shape and its tokens")
     file = checkpoint_path(folder, steps[-1]) / TRAINER
     state = parse_json_object(read_bounded(file), file).get("state")
-    with open(open_plain(folder / "metrics.jsonl"), encoding="utf-8") as lines:
+    with open(open_plain(folder / METRICS), encoding="utf-8") as lines:
         valid = [line for line in map(json.loads, lines) if line["kind"] == "valid" and line["loss"] is not None]
     if not valid or valid[-1]["step"] != steps[-1]:
         raise UserError(f"{folder}: has no validation of its last step, {steps[-1]}; train with valid.every above 0")

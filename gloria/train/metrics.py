@@ -33,7 +33,7 @@ from gloria.errors import UserError, write_line
 from gloria.files import json_line, open_plain, parse_json_object, whole_file
 from gloria.train.tracker import TRACKERS, Tracker, open_tracker, tracker_problem
 
-SAMPLES = "samples.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def open_log(
     """
     console = console or sys.stdout
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     existed = os.path.lexists(path)
     shown = f"{'resumed from' if existed else 'started at'} step {step}"
     if existed:

@@ -31,7 +31,8 @@ class Tracker:
     """An open tracker; its methods never raise."""
 
     name: str
-    module: Any = None  # None once it has failed
+    module: Any = None
+    failed: bool = False
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Numbers by name after `step` steps."""
@@ -42,13 +43,13 @@ class Tracker:
         self._attempt(lambda: self.module.finish())
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        if self.module is None:
+        if self.failed:
             return
         try:
             action()
         except Exception as error:  # whatever a library of others raises must not end the run
             warn(f"log.tracker: {self.name} has failed ({type(error).__name__}: {error}); the run goes on without it")
-            self.module = None
+            self.failed = True
 
 
 def open_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> Tracker | None:
@@ -73,6 +74,5 @@ def open_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> Tracker 
         tracker.module = module = importlib.import_module(name)
         module.init(**about)
 
-    tracker.module = importlib  # so that `_attempt` begins
     tracker._attempt(begin)
     return tracker
